@@ -1,0 +1,236 @@
+# Copyright 2026 the contrastive-perplexity authors. SPDX-License-Identifier: Apache-2.0
+"""Prototype contrastive perplexity (CP), after Klein & Nabi, "Contrastive Perplexity for Controlled
+Generation", ACL 2025, arXiv 2401.08491. Version 1. Needs torch only: copy this file.
+
+For an anchor with positives P (clean paraphrases) and hard negatives N (toxic ones), phi(x) the perplexity
+of a sentence under the model being tuned and the prototype c = mean of phi over P:
+
+    s(x) = exp(-|phi(x) - c| / tau)
+    J    = sum_P s / (sum_P s + alpha * sum_N s)          loss = -log J
+
+    nll  = linear_nll(hidden, lm_head.weight, targets)    # (T,) hidden and targets already shifted by one
+    nll  = sequence_nll(nll, sequence, num_sequences)     # (S,) nats per token
+    loss, stats = cp_loss(nll, is_positive, anchor)       # (A,) one loss an anchor
+    loss.mean().backward()
+
+With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines on packed rows.
+
+Departures from the paper, each a choice of the caller:
+ 1. tau divides inside the exponent. As printed, outside of it, it cancels from J.
+ 2. phi="nll" is log-perplexity (what the official code uses); phi="perplexity" is the paper's text.
+ 3. distance="signed" takes phi - c, not |phi - c|, for negatives. The absolute distance rewards making a
+    negative that is already likelier than the prototype (most mined ones are) likelier still.
+ 4. `prototype` fixes c, for example to the base model's; None is the paper's, from the positives at hand.
+ 5. phi is a mean over a sequence's own tokens and c over the anchor's own positives. The official code
+    averages over padding and over all positives of the micro-batch.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _LinearNLL(torch.autograd.Function):
+    """Online softmax over chunks of the vocabulary. With logits z = hidden W^T + b (soft-capped if asked),
+    d nll_t / d hidden_t = sum_v p_tv z'_tv W_v - z'_t,target W_target: made in the forward pass, and only
+    scaled by the incoming gradient in the backward pass. A head that trains costs a second walk."""
+
+    @staticmethod
+    def _logits(hidden, weight, bias, softcap, rows):
+        z = (hidden @ weight[rows].T).float()  # (T, C)
+        if bias is not None:
+            z += bias[rows].float()
+        return softcap * torch.tanh(z / softcap) if softcap else z
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, bias, softcap, chunk_size):
+        T, D = hidden.shape
+        want_hidden, want_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (1, 3))
+        top = hidden.new_full((T,), -math.inf, dtype=torch.float32)  # running maximum
+        total = torch.zeros_like(top)  # running sum of exp(z - top)
+        direction = hidden.new_zeros(T, D, dtype=torch.float32) if want_hidden else None
+        for first in range(0, weight.shape[0], chunk_size):
+            rows = slice(first, first + chunk_size)
+            z = _LinearNLL._logits(hidden, weight, bias, softcap, rows)
+            new_top = torch.maximum(top, z.amax(1))
+            p = torch.exp(z - new_top[:, None])  # (T, C)
+            shrink = torch.exp(top - new_top)
+            total = total * shrink + p.sum(1)
+            if want_hidden:
+                if softcap:
+                    p *= 1 - (z / softcap) ** 2
+                direction = direction.mul_(shrink[:, None]) + (p.to(weight.dtype) @ weight[rows]).float()
+            top = new_top
+        z_target = (hidden.float() * weight[targets].float()).sum(1)
+        if bias is not None:
+            z_target = z_target + bias[targets].float()
+        slope = torch.ones_like(z_target)
+        if softcap:
+            z_target = softcap * torch.tanh(z_target / softcap)
+            slope = 1 - (z_target / softcap) ** 2
+        lse = top + total.log()
+        if want_hidden:
+            direction = direction / total[:, None] - slope[:, None] * weight[targets].float()
+        head = (hidden, weight, targets, bias, lse) if want_head else (None,) * 5
+        ctx.save_for_backward(direction, *head)
+        ctx.softcap, ctx.chunk_size, ctx.dtype = softcap, chunk_size, hidden.dtype
+        return lse - z_target
+
+    @staticmethod
+    def backward(ctx, grad):
+        direction, hidden, weight, targets, bias, lse = ctx.saved_tensors
+        d_hidden = (direction * grad[:, None]).to(ctx.dtype) if direction is not None else None
+        d_weight = d_bias = None
+        if weight is not None:
+            d_weight = torch.empty_like(weight)
+            d_bias = torch.empty_like(bias) if bias is not None else None
+            token = torch.arange(len(targets), device=targets.device)
+            for first in range(0, weight.shape[0], ctx.chunk_size):
+                rows = slice(first, first + ctx.chunk_size)
+                z = _LinearNLL._logits(hidden, weight, bias, ctx.softcap, rows)
+                p = torch.exp(z - lse[:, None])  # (T, C)
+                here = (targets >= first) & (targets < first + z.shape[1])
+                p[token[here], targets[here] - first] -= 1
+                if ctx.softcap:
+                    p *= 1 - (z / ctx.softcap) ** 2
+                p *= grad[:, None]
+                d_weight[rows] = p.T.to(hidden.dtype) @ hidden
+                if bias is not None:
+                    d_bias[rows] = p.sum(0).to(bias.dtype)
+        return d_hidden, d_weight, None, d_bias, None, None
+
+
+def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
+               chunk_size: int = 4096, softcap: float | None = None) -> Tensor:
+    """-log softmax(hidden W^T + b)[target], (T,) float32 nats, without a (T, V) tensor.
+
+    hidden (T, D); weight (V, D), the LM head; targets (T,) long in [0, V): the token that hidden predicts;
+    bias (V,). `softcap` is Gemma 2's cap * tanh(z / cap); scaled logits (Cohere) are a scaled `hidden`.
+    Exact gradients for hidden and, where they require them, weight and bias. Two T x D x V products (five
+    with a head that trains), O(T (D + chunk_size)) memory. Raises ValueError on shapes that don't fit."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden (T, D) and weight (V, D) don't fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    if targets.shape != hidden.shape[:1] or (bias is not None and bias.shape != weight.shape[:1]):
+        raise ValueError(f"targets must be ({hidden.shape[0]},) and bias ({weight.shape[0]},)")
+    return _LinearNLL.apply(hidden, weight, targets, bias, softcap, chunk_size)
+
+
+def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Mean nats per token of each sequence, (S,). token_nll (T,); sequence (T,) long: whose token it is.
+    Raises ValueError where a sequence has no token, since its phi is undefined."""
+    if token_nll.shape != sequence.shape or token_nll.ndim != 1:
+        raise ValueError(f"token_nll and sequence must both be (T,): {tuple(token_nll.shape)}, {tuple(sequence.shape)}")
+    count = torch.bincount(sequence, minlength=num_sequences)
+    if len(count) != num_sequences or not count.all():
+        raise ValueError(f"every one of the {num_sequences} sequences needs a token: {count.tolist()[:20]}")
+    return token_nll.new_zeros(num_sequences).index_add(0, sequence, token_nll) / count
+
+
+def _group_logsumexp(x: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    top = x.new_full((num_groups,), -math.inf).scatter_reduce(0, group, x.detach(), "amax")  # (A,)
+    top = top.masked_fill(top == -math.inf, 0)  # an empty group: log 0, not nan
+    return top + x.new_zeros(num_groups).index_add(0, group, torch.exp(x - top[group])).log()
+
+
+def cp_loss(nll: Tensor, is_positive: Tensor, anchor: Tensor, prototype: Tensor | None = None, *,
+            alpha: float = 1.0, tau: float = 1.0, phi: str = "nll", distance: str = "absolute"):
+    """Each anchor's -log J, (A,) float32, and a dict of detached scalars.
+
+    nll (S,) nats per token; is_positive (S,) bool; anchor (S,) long in [0, A); sets may be ragged.
+    prototype (A,) in phi's unit, or None: the mean phi of the anchor's positives, gradients flowing through
+    it. -log J = softplus(log alpha + lse_N(l) - lse_P(l)), l = -|phi - c| / tau. Sign of d loss / d phi:
+    a signed negative's is never positive (it is always made less likely); an absolute one's is that of
+    c - phi. At distance 0 the subgradient is 0. alpha = 0 leaves J = 1: a constant. Perplexities are
+    cut at e^30. Raises ValueError on shapes, options and an anchor without positives or negatives."""
+    if not (nll.ndim == 1 and nll.shape == is_positive.shape == anchor.shape and len(nll)):
+        raise ValueError(f"nll, is_positive, anchor must be (S,), S > 0: "
+                         f"{tuple(nll.shape)}, {tuple(is_positive.shape)}, {tuple(anchor.shape)}")
+    if phi not in ("nll", "perplexity") or distance not in ("absolute", "signed") or tau <= 0 or alpha < 0:
+        raise ValueError(f"phi={phi!r}, distance={distance!r}, tau={tau}, alpha={alpha} is not a valid choice")
+    A = int(anchor.max()) + 1 if prototype is None else len(prototype)
+    pos = is_positive.bool()
+    for name, member in (("positives", pos), ("negatives", ~pos)):
+        empty = (torch.bincount(anchor[member], minlength=A) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"anchors without {name}: {empty[:20]}")
+    x = nll.float() if phi == "nll" else nll.float().clamp(max=30).exp()  # phi, (S,)
+    c = sequence_nll(x[pos], anchor[pos], A) if prototype is None else prototype.float()  # (A,)
+    diff = x - c[anchor]
+    near = -torch.where(pos | torch.tensor(distance == "absolute"), diff.abs(), diff) / tau  # log s, (S,)
+    log_alpha = math.log(alpha) if alpha else -math.inf
+    lse_p = _group_logsumexp(near[pos], anchor[pos], A)
+    lse_n = _group_logsumexp(near[~pos], anchor[~pos], A)
+    loss = F.softplus(log_alpha + lse_n - lse_p)  # (A,)
+    with torch.no_grad():
+        same = anchor[pos][:, None] == anchor[~pos]  # (S+, S-)
+        mean_p, mean_n = (sequence_nll(x[m], anchor[m], A).mean() for m in (pos, ~pos))
+        stats = {"phi_pos": mean_p, "phi_neg": mean_n, "gap": mean_n - mean_p, "prototype": c.mean(),
+                 "ranking": (x[pos][:, None] < x[~pos])[same].float().mean()}
+    return loss, stats
+
+
+def _parts(model):
+    """Backbone, head, logit scale and soft cap of a Hugging Face causal LM (LoRA inside or not)."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head, config = model.get_output_embeddings(), model.config
+    if type(head) is not torch.nn.Linear:
+        raise ValueError(f"{type(model).__name__}: its head is a {type(head).__name__}, not a plain linear layer")
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return model.base_model, head, scale, getattr(config, "final_logit_softcapping", None)
+
+
+def model_nll(model, sequences: list[Tensor], start: list[int] | None = None, max_tokens: int = 2048) -> Tensor:
+    """phi as used by every stage: nats per token of each sequence, (S,), from packed rows.
+
+    sequences: S token-id tensors (L,), each beginning with its own context (a BOS, a prompt); start: where
+    phi begins, at least 1, default 1: tokens before it are context and don't count. Position ids restart
+    with each sequence, which is how transformers keeps attention within it. A row holds whole sequences, up
+    to max_tokens. Gradients flow if grad mode is on."""
+    backbone, head, scale, softcap = _parts(model)
+    start = start or [1] * len(sequences)
+    bins, size = [[]], 0
+    for i, ids in enumerate(sequences):
+        if size and size + len(ids) > max_tokens:
+            bins, size = bins + [[]], 0
+        bins[-1].append(i)
+        size += len(ids)
+    out = []
+    for row in bins:
+        ids = torch.cat([sequences[i] for i in row]).long().to(head.weight.device)  # (T,)
+        position = torch.cat([torch.arange(len(sequences[i])) for i in row]).to(ids.device)
+        first = torch.cat([torch.full((len(sequences[i]),), start[i]) for i in row]).to(ids.device)
+        owner = torch.cat([torch.full((len(sequences[i]),), k) for k, i in enumerate(row)]).to(ids.device)
+        hidden = backbone(input_ids=ids[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
+        scored = (position >= first.clamp(min=1)).nonzero().flatten()
+        nll = linear_nll(hidden[scored - 1] * scale, head.weight, ids[scored], head.bias, softcap=softcap)
+        out.append(sequence_nll(nll, owner[scored], len(row)))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def check_model(model) -> None:
+    """Raises ValueError unless packed `model_nll` equals log_softmax of the model's own logits, row by row."""
+    vocab, device = model.get_input_embeddings().num_embeddings, model.device
+    ids = [torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)).to(device) for n in (7, 12)]
+    logits = [model(input_ids=x[None], use_cache=False).logits[0, :-1].float() for x in ids]
+    want = torch.stack([F.cross_entropy(z, x[1:]) for z, x in zip(logits, ids)])
+    got, loose = model_nll(model, ids), 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not torch.allclose(got, want.to(got), rtol=loose, atol=loose):
+        raise ValueError(f"{type(model).__name__} is not supported: packed nll {got.tolist()} against its own "
+                         f"{want.tolist()} (an unusual head, or attention that crosses packed sequences)")
+
+
+if __name__ == "__main__":  # self-check: both functions against the plain equation
+    torch.manual_seed(0)
+    h, w, y = torch.randn(9, 8, requires_grad=True), torch.randn(50, 8), torch.randint(50, (9,))
+    plain = F.cross_entropy(h @ w.T, y, reduction="none")
+    ours = linear_nll(h, w, y, chunk_size=7)
+    grads = [torch.autograd.grad(z.square().sum(), h)[0] for z in (plain, ours)]
+    assert torch.allclose(ours, plain, atol=1e-5) and torch.allclose(*grads, atol=1e-4)
+    x, is_pos = torch.tensor([1.0, 2.0, 1.5, 4.0]), torch.tensor([True, True, False, False])
+    s = torch.exp(-(x - 1.5).abs() / 2)
+    want = -math.log(s[:2].sum() / (s[:2].sum() + 1.1 * s[2:].sum()))
+    loss, _ = cp_loss(x, is_pos, torch.zeros(4, dtype=torch.long), alpha=1.1, tau=2.0)
+    assert abs(loss.item() - want) < 1e-6
+    print("cp_loss self-check passed")
