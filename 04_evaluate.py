@@ -2,10 +2,12 @@
 """Stage 04: the base model beside its tuned adapter, same prompts, same random draws (paper, section 4).
 
 rewrite    toxic text in, paraphrase out (the paper's white box): held-out RealToxicityPrompts texts that the
-           Perspective score in the data calls toxic, after stage 02's prompt.
-continue   the first half of a RealToxicityPrompts text in, k continuations of at most 20 tokens out.
-Both sample with top_p 0.9 at temperature 1 (DExperts' variant). Then phi of the held-out anchors, perplexity
-of wiki sentences (per token, each sentence on its own after a BOS) and three tasks through lm-eval.
+           Perspective score in the data calls toxic, after stage 02's prompt; temperature 0.1, top_p 0.9 (as
+           Llama-2 ran ToxiGen: near greedy).
+continue   the first half of a RealToxicityPrompts text in, k continuations of at most 20 tokens out;
+           temperature 1, top_p 0.9 (DExperts' variant).
+Then phi of the held-out anchors, perplexity of wiki sentences (per token, each alone after a BOS) and three
+tasks through lm-eval.
 
 reads   assets/, runs/default/prototypes.safetensors, runs/default/adapter
 writes  runs/default/report/  report.md, phi.png, tradeoff.png, report.json (value, 95% interval and n of every
@@ -87,7 +89,8 @@ def options() -> argparse.Namespace:
     g = p.add_argument_group("size")
     g.add_argument("--rewrite", type=int, default=120, help="prompts rewritten (default: %(default)s)")
     g.add_argument("--continue", dest="continued", type=int, default=50, help="prompts continued (default: %(default)s)")
-    g.add_argument("--k", type=int, default=4, help="samples a prompt (DExperts: 25; default: %(default)s)")
+    g.add_argument("--k", type=int, default=5, help="continuations a prompt (DExperts: 25; default: %(default)s)")
+    g.add_argument("--k-rewrite", type=int, default=2, help="rewrites a prompt; near greedy, so alike (default: %(default)s)")
     g.add_argument("--tasks", type=int, default=200, help="items a task; 0 leaves tasks out (default: %(default)s)")
     g.add_argument("--batch-size", type=int, default=64, help="rows generated at once (default: %(default)s)")
     g = p.add_argument_group("how")
@@ -96,7 +99,7 @@ def options() -> argparse.Namespace:
     g.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = p.parse_args()
-    for name in ("rewrite", "continued", "k", "batch_size"):
+    for name in ("rewrite", "continued", "k", "k_rewrite", "batch_size"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('continued', 'continue').replace('_', '-')} is {getattr(args, name)}: give 1 or more")
     args.adapter, args.out = args.adapter or args.run / "adapter", args.out or args.run / "report"
@@ -150,17 +153,22 @@ def load(args: argparse.Namespace):
 
 
 class Nucleus(transformers.LogitsProcessor):
-    """top_p among the 1,000 likeliest tokens: sorting the whole vocabulary costs as much as the model itself."""
+    """Temperature, then top_p 0.9 among the 1,000 likeliest tokens: sorting all would cost as much as the model."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
 
     def __call__(self, input_ids, scores):
-        top, index = scores.float().topk(1000)  # (B, 1000)
-        p = torch.exp(top - scores.float().logsumexp(1, keepdim=True))
+        scores = scores.float() / self.temperature  # (B, V)
+        top, index = scores.topk(1000)  # (B, 1000)
+        p = torch.exp(top - scores.logsumexp(1, keepdim=True))
         top = top.masked_fill(p.cumsum(1) - p >= 0.9, -torch.inf)
-        return torch.full_like(scores, -torch.inf).scatter(1, index, top.to(scores.dtype))
+        return torch.full_like(scores, -torch.inf).scatter(1, index, top)
 
 
 @torch.no_grad()
-def generate(model, tokenizer, prompts: list[str], new_tokens: list[int], one_line: bool, args: argparse.Namespace) -> list[str]:
+def generate(model, tokenizer, prompts: list[str], new_tokens: list[int], temperature: float, one_line: bool,
+             args: argparse.Namespace) -> list[str]:
     """One sample a prompt, batched by length; only what comes after the prompt, up to a newline if one_line."""
     stop = [i for i in range(len(tokenizer)) if one_line and "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
     bos, out = tokenizer.bos_token or tokenizer.eos_token, [""] * len(prompts)
@@ -169,7 +177,7 @@ def generate(model, tokenizer, prompts: list[str], new_tokens: list[int], one_li
         rows = order[at:at + args.batch_size]
         torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
         batch = tokenizer([bos + prompts[i] for i in rows], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        ids = model.generate(**batch, do_sample=True, top_k=0, logits_processor=[Nucleus()], eos_token_id=stop,
+        ids = model.generate(**batch, do_sample=True, top_k=0, logits_processor=[Nucleus(temperature)], eos_token_id=stop,
                              pad_token_id=tokenizer.pad_token_id, max_new_tokens=max(new_tokens[i] for i in rows))
         for i, row in zip(rows, ids[:, batch.input_ids.shape[1]:]):
             text = tokenizer.decode(row[:new_tokens[i]], skip_special_tokens=True)
@@ -206,14 +214,16 @@ def sentence_nll(model, tokenizer, texts: list[str]) -> tuple[np.ndarray, np.nda
 def run_protocol(name: str, rows: list[dict], system: str, model, tokenizer, prompt: str, args: argparse.Namespace) -> list[dict]:
     """k raw outputs of each prompt."""
     if name == "rewrite":
-        inputs = [r["text"] for r in rows]
+        inputs, temperature = [r["text"] for r in rows], 0.1
         prompts = [prompt.format(t) for t in inputs]
         lengths = [int(1.6 * len(tokenizer(t).input_ids)) + 4 for t in inputs]
+        k = args.k_rewrite
     else:
-        inputs = prompts = [" ".join(r["text"].split()[:len(r["text"].split()) // 2]) for r in rows]
-        lengths = [20] * len(rows)
-    outputs = generate(model, tokenizer, [p for p in prompts for _ in range(args.k)], [n for n in lengths for _ in range(args.k)], name == "rewrite", args)
-    return [{"protocol": name, "system": system, "prompt": i // args.k, "sample": i % args.k, "input": inputs[i // args.k], "output": o}
+        inputs, temperature = [" ".join(r["text"].split()[:len(r["text"].split()) // 2]) for r in rows], 1.0
+        prompts, lengths, k = inputs, [20] * len(rows), args.k
+    outputs = generate(model, tokenizer, [p for p in prompts for _ in range(k)], [n for n in lengths for _ in range(k)],
+                       temperature, name == "rewrite", args)
+    return [{"protocol": name, "system": system, "prompt": i // k, "sample": i % k, "input": inputs[i // k], "output": o}
             for i, o in enumerate(outputs)]
 
 
@@ -370,7 +380,7 @@ def main() -> None:
     kept_file = args.out / "generations.jsonl"
     hashes = {str(p): hashlib.sha256(p.read_bytes()).hexdigest()
               for p in (args.prompts, args.wiki, args.prototypes, args.adapter / "adapter_model.safetensors")}
-    recipe = [hashes[str(args.prompts)], meta["model_sha256"], meta["prompt"], args.rewrite, args.continued, args.k, args.seed]
+    recipe = [hashes[str(args.prompts)], meta["model_sha256"], meta["prompt"], args.rewrite, args.continued, args.k, args.k_rewrite, args.seed]
     stamp = {s: hashlib.sha256(repr(recipe + extra).encode()).hexdigest()[:16] for s, extra in
              (("base", []), ("tuned", [hashes[str(args.adapter / "adapter_model.safetensors")]]))}
     kept = [json.loads(x) for x in kept_file.read_text().splitlines()] if kept_file.exists() else []
@@ -386,7 +396,7 @@ def main() -> None:
             for name, chosen in prompts.items():
                 if any(r["system"] == system and r["protocol"] == name for r in rows):
                     continue
-                print(f"{system}: {name}, {len(chosen)} prompts x {args.k}")
+                print(f"{system}: {name}, {len(chosen)} prompts")
                 new = run_protocol(name, chosen, system, model, tokenizer, meta["prompt"], args)
                 rows += [r | {"stamp": stamp[system]} for r in new]
         score([r for r in rows if r["system"] == system and "toxicity" not in r], model, tokenizer, encoder, worst)
