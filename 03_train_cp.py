@@ -225,6 +225,7 @@ def main() -> None:
         model.train()
         loss, stats = objective(model, store, chosen, args)
         if not math.isfinite(loss.item()):
+            bar.close()
             fail(f"loss is {loss.item()} at step {step}: the last saved state is kept; lower --lr")
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)

@@ -37,7 +37,10 @@ def tiny(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                                       num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():  # it says "\n" about every sixth token, so that its rewrites end
+        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[198, 0] = 1.0, 0.4
+    model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(REAL).save_pretrained(path)
     return path
 

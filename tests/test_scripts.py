@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from cp_loss import model_nll
 
-LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 100, "--rude", 2, "--clean", 2, "--dtype", "float32"]
+LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3, "--rude", 2, "--clean", 2, "--dtype", "float32"]
 SEEDS = [{"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)]
 
 
@@ -61,6 +61,7 @@ def test_mining_resumes_to_the_same_anchors(stage, tiny, tmp_path, capsys):
     assert run("whole") == 0 and "anchors have both" in capsys.readouterr().out
     whole = (tmp_path / "whole/mined.jsonl").read_bytes()
     assert sorted(x["id"] for x in lines(tmp_path / "whole/mined.jsonl")) == sorted(s["id"] for s in SEEDS)
+    assert sum(len(x["negatives"]) for x in lines(tmp_path / "whole/mined.jsonl")) >= 5
     assert all(set(p) == {"text", "toxicity", "similarity", "nll"} for x in lines(tmp_path / "whole/mined.jsonl") for p in x["positives"])
     for cut in (len(whole) // 3, len(whole) - 5):  # killed inside a line
         (tmp_path / "cut").mkdir(exist_ok=True)
