@@ -392,6 +392,9 @@ def main() -> None:
             worst = float(np.percentile(nll, 99)) if system == "base" else worst
             values[system]["wiki/perplexity"] = nll
             anchors, phis[system] = anchor_metrics(model, store, held)
+            stored = store["nll"][torch.isin(store["anchor"], held)].numpy()
+            if system == "base" and np.abs(phis["base"][:, 0] - stored).mean() > 0.05:
+                fail(f"{args.prototypes}: made with other weights than {args.model}: name the files of one run")
             values[system] |= {f"anchors/{k}": v for k, v in anchors.items()}
             for name, chosen in prompts.items():
                 if any(r["system"] == system and r["protocol"] == name for r in rows):

@@ -13,7 +13,7 @@ from conftest import REAL, ROOT, mined_line, write_jsonl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cp_loss import model_nll
 
@@ -196,6 +196,11 @@ def test_evaluation_refuses(stage, trained, tiny, tmp_path, capsys):
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
     refused(capsys, stage("04", "--run", tmp_path, "--model", tiny), "run 03_train_cp.py first")
     refused(capsys, stage("04", "--run", trained, "--model", REAL), "name the files of one run")
+    other = AutoModelForCausalLM.from_pretrained(tiny)
+    other.lm_head.weight.data.mul_(3)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "other")
+    refused(capsys, stage("04", "--run", trained, "--model", tmp_path / "other", "--out", tmp_path / "report"), "other weights")
     (tmp_path / "prompts.jsonl").write_text('{"text": "a", "toxicity": 1}\n{"text": "b"}\n')
     refused(capsys, stage("04", "--run", trained, "--model", tiny, "--prompts", tmp_path / "prompts.jsonl"), "prompts.jsonl:2")
     assert not (trained / "report").exists()
