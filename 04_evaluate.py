@@ -383,7 +383,7 @@ def main() -> None:
     recipe = [hashes[str(args.prompts)], meta["model_sha256"], meta["prompt"], args.rewrite, args.continued, args.k, args.k_rewrite, args.seed]
     stamp = {s: hashlib.sha256(repr(recipe + extra).encode()).hexdigest()[:16] for s, extra in
              (("base", []), ("tuned", [hashes[str(args.adapter / "adapter_model.safetensors")]]))}
-    kept = [json.loads(x) for x in kept_file.read_text().splitlines()] if kept_file.exists() else []
+    kept = read_jsonl(kept_file, ("stamp", "system"), "remove it to generate again") if kept_file.exists() else []
     rows = [r for r in kept if r["stamp"] == stamp[r["system"]]]
     values, phis, weights = {"base": {}, "tuned": {}}, {}, None
     for system in ("base", "tuned"):
@@ -400,9 +400,11 @@ def main() -> None:
                 if any(r["system"] == system and r["protocol"] == name for r in rows):
                     continue
                 print(f"{system}: {name}, {len(chosen)} prompts")
-                new = run_protocol(name, chosen, system, model, tokenizer, meta["prompt"], args)
-                rows += [r | {"stamp": stamp[system]} for r in new]
-        score([r for r in rows if r["system"] == system and "toxicity" not in r], model, tokenizer, encoder, worst)
+                outputs = run_protocol(name, chosen, system, model, tokenizer, meta["prompt"], args)
+                rows += [r | {"stamp": stamp[system]} for r in outputs]
+        new = [r for r in rows if r["system"] == system and "toxicity" not in r]
+        if new:
+            score(new, model, tokenizer, encoder, worst)
         aside = kept_file.with_suffix(".tmp")
         aside.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
         os.replace(aside, kept_file)

@@ -206,6 +206,16 @@ def test_evaluation_refuses(stage, trained, tiny, tmp_path, capsys):
     assert not (trained / "report").exists()
 
 
+def test_kept_generations_give_the_same_report(stage, trained, tiny, tmp_path, monkeypatch):
+    command = ["04", "--run", trained, "--model", tiny, "--out", tmp_path, "--rewrite", 3, "--continue", 3, "--k", 2, "--tasks", 0]
+    reports = []
+    for _ in range(2):
+        assert stage(*command) == 0
+        reports.append(json.loads((tmp_path / "report.json").read_text())["figures"])
+        monkeypatch.setattr(stage.modules["04"], "generate", None)  # a second run must not generate
+    assert reports[0] == reports[1] and len(lines(tmp_path / "generations.jsonl")) == 2 * (3 * 2 + 3 * 2)
+
+
 def test_failures_are_never_clean(stage):
     stage("04", "--k", 0)
     failure = stage.modules["04"].failure
