@@ -29,91 +29,76 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
-class _LinearNLL(torch.autograd.Function):
-    """Online softmax over chunks of the vocabulary. With logits z = hidden W^T + b (soft-capped if asked),
-    d nll_t / d hidden_t = sum_v p_tv z'_tv W_v - z'_t,target W_target: made in the forward pass, and only
-    scaled by the incoming gradient in the backward pass. A head that trains costs a second walk."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    z = hidden @ weight.to(hidden.dtype).T  # (T, C)
+    z = z if z.dtype == torch.float64 else z.float()
+    z = z if bias is None else z + bias
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _chunk_lse(*args) -> Tensor:
+    return _logits(*args).logsumexp(1)  # (T,)
+
+
+class _FrozenHeadLSE(torch.autograd.Function):
+    """logsumexp of the logits z = hidden W^T + b, walked in chunks of the vocabulary with a running maximum, sum
+    and sum of p_v z'_v W_v: d lse_t / d hidden_t = sum_v p_tv z'_tv W_v is attention with W as keys and values.
+    The forward pass makes it, the backward pass only scales it: two products of T x D x V, the minimum."""
 
     @staticmethod
-    def _logits(hidden, weight, bias, softcap, rows):
-        z = (hidden @ weight[rows].T).float()  # (T, C)
-        if bias is not None:
-            z += bias[rows].float()
-        return softcap * torch.tanh(z / softcap) if softcap else z
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, bias, softcap, chunk_size):
-        T, D = hidden.shape
-        want_hidden, want_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[i] for i in (1, 3))
-        top = hidden.new_full((T,), -math.inf, dtype=torch.float32)  # running maximum
+    def forward(ctx, hidden, weight, bias, softcap, chunk_size):
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        top = hidden.new_full((len(hidden), 1), -math.inf, dtype=kind)  # running maximum
         total = torch.zeros_like(top)  # running sum of exp(z - top)
-        direction = hidden.new_zeros(T, D, dtype=torch.float32) if want_hidden else None
-        for first in range(0, weight.shape[0], chunk_size):
-            rows = slice(first, first + chunk_size)
-            z = _LinearNLL._logits(hidden, weight, bias, softcap, rows)
-            new_top = torch.maximum(top, z.amax(1))
-            p = torch.exp(z - new_top[:, None])  # (T, C)
-            shrink = torch.exp(top - new_top)
-            total = total * shrink + p.sum(1)
-            if want_hidden:
-                if softcap:
-                    p *= 1 - (z / softcap) ** 2
-                direction = direction.mul_(shrink[:, None]) + (p.to(weight.dtype) @ weight[rows]).float()
-            top = new_top
-        z_target = (hidden.float() * weight[targets].float()).sum(1)
-        if bias is not None:
-            z_target = z_target + bias[targets].float()
-        slope = torch.ones_like(z_target)
-        if softcap:
-            z_target = softcap * torch.tanh(z_target / softcap)
-            slope = 1 - (z_target / softcap) ** 2
-        lse = top + total.log()
-        if want_hidden:
-            direction = direction / total[:, None] - slope[:, None] * weight[targets].float()
-        head = (hidden, weight, targets, bias, lse) if want_head else (None,) * 5
-        ctx.save_for_backward(direction, *head)
-        ctx.softcap, ctx.chunk_size, ctx.dtype = softcap, chunk_size, hidden.dtype
-        return lse - z_target
+        mean = torch.zeros_like(hidden, dtype=kind)  # (T, D), running sum of exp(z - top) z' W
+        for i in range(0, len(weight), chunk_size):
+            w = weight[i:i + chunk_size].to(hidden.dtype)
+            z = _logits(hidden, w, None if bias is None else bias[i:i + chunk_size], softcap)  # (T, C)
+            last, top = top, torch.maximum(top, z.amax(1, keepdim=True))
+            slope = None if softcap is None else 1 - (z / softcap) ** 2
+            p = z.sub_(top).exp_()
+            shrink = torch.exp(last - top)
+            total.mul_(shrink).add_(p.sum(1, keepdim=True))
+            if ctx.needs_input_grad[0]:
+                p = p if slope is None else p.mul_(slope)
+                mean.mul_(shrink).add_(p.to(w.dtype) @ w)
+        ctx.save_for_backward(mean.div_(total))
+        return (top + total.log())[:, 0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        direction, hidden, weight, targets, bias, lse = ctx.saved_tensors
-        d_hidden = (direction * grad[:, None]).to(ctx.dtype) if direction is not None else None
-        d_weight = d_bias = None
-        if weight is not None:
-            d_weight = torch.empty_like(weight)
-            d_bias = torch.empty_like(bias) if bias is not None else None
-            token = torch.arange(len(targets), device=targets.device)
-            for first in range(0, weight.shape[0], ctx.chunk_size):
-                rows = slice(first, first + ctx.chunk_size)
-                z = _LinearNLL._logits(hidden, weight, bias, ctx.softcap, rows)
-                p = torch.exp(z - lse[:, None])  # (T, C)
-                here = (targets >= first) & (targets < first + z.shape[1])
-                p[token[here], targets[here] - first] -= 1
-                if ctx.softcap:
-                    p *= 1 - (z / ctx.softcap) ** 2
-                p *= grad[:, None]
-                d_weight[rows] = p.T.to(hidden.dtype) @ hidden
-                if bias is not None:
-                    d_bias[rows] = p.sum(0).to(bias.dtype)
-        return d_hidden, d_weight, None, d_bias, None, None
+        mean, = ctx.saved_tensors
+        return mean * grad[:, None], None, None, None, None
 
 
 def linear_nll(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
-               chunk_size: int = 4096, softcap: float | None = None) -> Tensor:
-    """-log softmax(hidden W^T + b)[target], (T,) float32 nats, without a (T, V) tensor.
+               chunk_size: int = 2048, softcap: float | None = None) -> Tensor:
+    """-log softmax(hidden W^T + b)[target] in nats, (T,) float32 (float64 for float64), never holding (T, V).
 
     hidden (T, D); weight (V, D), the LM head; targets (T,) long in [0, V): the token that hidden predicts;
     bias (V,). `softcap` is Gemma 2's cap * tanh(z / cap); scaled logits (Cohere) are a scaled `hidden`.
-    Exact gradients for hidden and, where they require them, weight and bias. Two T x D x V products (five
-    with a head that trains), O(T (D + chunk_size)) memory. Raises ValueError on shapes that don't fit."""
+    Exact gradients for hidden and, where they require them, weight and bias. Arithmetic: two T x D x V
+    products for a frozen head, one without gradients, four for a head that trains (recomputed in backward).
+    Extra memory: T x (D + a few chunk_size). Raises ValueError on shapes that don't fit."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden (T, D) and weight (V, D) don't fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if targets.shape != hidden.shape[:1] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"targets must be ({hidden.shape[0]},) and bias ({weight.shape[0]},)")
-    return _LinearNLL.apply(hidden, weight, targets, bias, softcap, chunk_size)
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    head = [weight] if bias is None else [weight, bias]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in head):
+        chunks = zip(weight.split(chunk_size), [None] * len(weight) if bias is None else bias.split(chunk_size))
+        lse = torch.stack([checkpoint(_chunk_lse, hidden, w, b, softcap, use_reentrant=False) for w, b in chunks]).logsumexp(0)
+    else:
+        lse = _FrozenHeadLSE.apply(hidden, weight, bias, softcap, chunk_size)
+    z = (hidden.to(lse.dtype) * weight[targets].to(lse.dtype)).sum(1)  # (T,) the target's own logit
+    z = z if bias is None else z + bias[targets]
+    return lse - (z if softcap is None else softcap * torch.tanh(z / softcap))
 
 
 def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
