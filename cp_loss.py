@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = hidden @ weight.to(hidden.dtype).T  # (T, C)
-    z = z if z.dtype == torch.float64 else z.float()
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
     z = z if bias is None else z + bias
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
@@ -44,29 +44,27 @@ def _chunk_lse(*args) -> Tensor:
 
 
 class _FrozenHeadLSE(torch.autograd.Function):
-    """logsumexp of the logits z = hidden W^T + b, walked in chunks of the vocabulary with a running maximum, sum
-    and sum of p_v z'_v W_v: d lse_t / d hidden_t = sum_v p_tv z'_tv W_v is attention with W as keys and values.
-    The forward pass makes it, the backward pass only scales it: two products of T x D x V, the minimum."""
+    """logsumexp of the logits z = hidden W^T + b, walked in chunks of the vocabulary. Its gradient is attention
+    with W as keys and values, d lse_t / d hidden_t = sum_v p_tv z'_tv W_v, so as in flash attention each chunk's
+    softmax mean joins a running one, weighed by its share. Made in the forward pass, only scaled in the backward
+    pass: two products of T x D x V, the minimum."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, softcap, chunk_size):
-        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        top = hidden.new_full((len(hidden), 1), -math.inf, dtype=kind)  # running maximum
-        total = torch.zeros_like(top)  # running sum of exp(z - top)
-        mean = torch.zeros_like(hidden, dtype=kind)  # (T, D), running sum of exp(z - top) z' W
+        kind = torch.promote_types(hidden.dtype, torch.float32)
+        lse = hidden.new_full((len(hidden), 1), -math.inf, dtype=kind)
+        mean = torch.zeros_like(hidden, dtype=kind)  # (T, D)
         for i in range(0, len(weight), chunk_size):
             w = weight[i:i + chunk_size].to(hidden.dtype)
             z = _logits(hidden, w, None if bias is None else bias[i:i + chunk_size], softcap)  # (T, C)
-            last, top = top, torch.maximum(top, z.amax(1, keepdim=True))
-            slope = None if softcap is None else 1 - (z / softcap) ** 2
-            p = z.sub_(top).exp_()
-            shrink = torch.exp(last - top)
-            total.mul_(shrink).add_(p.sum(1, keepdim=True))
+            p = z.softmax(1)
+            chunk = z.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()  # its logsumexp, one exp fewer
+            before, lse = lse, torch.logaddexp(lse, chunk)
             if ctx.needs_input_grad[0]:
-                p = p if slope is None else p.mul_(slope)
-                mean.mul_(shrink).add_(p.to(w.dtype) @ w)
-        ctx.save_for_backward(mean.div_(total))
-        return (top + total.log())[:, 0]
+                p = p if softcap is None else p.mul_(1 - (z / softcap) ** 2)
+                mean.mul_((before - lse).exp()).addcmul_(p.to(w.dtype) @ w, (chunk - lse).exp())
+        ctx.save_for_backward(mean)
+        return lse[:, 0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -120,7 +118,7 @@ def _group_logsumexp(x: Tensor, group: Tensor, num_groups: int) -> Tensor:
 
 def cp_loss(nll: Tensor, is_positive: Tensor, anchor: Tensor, prototype: Tensor | None = None, *,
             alpha: float = 1.0, tau: float = 1.0, phi: str = "nll", distance: str = "absolute"):
-    """Each anchor's -log J, (A,) float32, and a dict of detached scalars.
+    """Each anchor's -log J, (A,) float32 (float64 for float64), and a dict of detached scalars.
 
     nll (S,) nats per token; is_positive (S,) bool; anchor (S,) long in [0, A); sets may be ragged.
     prototype (A,) in phi's unit, or None: the mean phi of the anchor's positives, gradients flowing through
@@ -139,8 +137,9 @@ def cp_loss(nll: Tensor, is_positive: Tensor, anchor: Tensor, prototype: Tensor 
         empty = (torch.bincount(anchor[member], minlength=A) == 0).nonzero().flatten().tolist()
         if empty:
             raise ValueError(f"anchors without {name}: {empty[:20]}")
-    x = nll.float() if phi == "nll" else nll.float().clamp(max=30).exp()  # phi, (S,)
-    c = sequence_nll(x[pos], anchor[pos], A) if prototype is None else prototype.float()  # (A,)
+    nll = nll.to(torch.promote_types(nll.dtype, torch.float32))
+    x = nll if phi == "nll" else nll.clamp(max=30).exp()  # phi, (S,)
+    c = sequence_nll(x[pos], anchor[pos], A) if prototype is None else prototype.to(x.dtype)  # (A,)
     diff = x - c[anchor]
     near = -torch.where(pos | torch.tensor(distance == "absolute"), diff.abs(), diff) / tau  # log s, (S,)
     log_alpha = math.log(alpha) if alpha else -math.inf

@@ -21,54 +21,84 @@ def plain_nll(hidden, weight, targets, bias=None, softcap=None):
     return F.cross_entropy(z, targets, reduction="none")
 
 
-@pytest.mark.parametrize("T, V, chunk", [(0, 5, 2), (1, 7, 3), (9, 50, 50), (13, 101, 7), (4, 33, 64)])
+def relative(got, want) -> float:
+    return ((got.double() - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("dtype, loose", [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_linear_nll_value_and_gradients(T, V, chunk, with_bias, softcap):
-    torch.manual_seed(T * V)
-    make = lambda *shape: (2 * torch.randn(*shape, dtype=torch.float64)).requires_grad_()  # noqa: E731
-    hidden, weight, bias = make(T, 8), make(V, 8), make(V) if with_bias else None
-    targets, scale = torch.randint(V, (T,)), torch.randn(T, dtype=torch.float64)
-    inputs = [x for x in (hidden, weight, bias) if x is not None]
-    want = plain_nll(hidden, weight, targets, bias, softcap)
-    low = [x.detach().float().requires_grad_() for x in inputs]
-    got = linear_nll(low[0], low[1], targets, low[2] if with_bias else None, chunk_size=chunk, softcap=softcap)
-    assert got.dtype == torch.float32 and got.shape == (T,)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
-    grads = torch.autograd.grad((want * scale).sum(), inputs)
-    for g, w in zip(torch.autograd.grad((got * scale.float()).sum(), low), grads):
-        torch.testing.assert_close(g.double(), w, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_linear_nll_value_and_gradients(dtype, loose, with_bias, softcap, head):
+    """Against log_softmax in float64 on the same rounded inputs, over ragged chunks."""
+    torch.manual_seed(0)
+    for T, D, V, chunk in [(0, 3, 5, 2), (1, 8, 7, 3), (9, 64, 50, 50), (13, 16, 101, 7), (40, 96, 1003, 256), (4, 8, 33, 64)]:
+        train = [True, head == "trained", head == "trained"][:2 + with_bias]
+        inputs = [torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype).requires_grad_(on) for shape, scale, on in
+                  zip([(T, D), (V, D), (V,)], [1, 2 / D ** 0.5, 1], train)]
+        exact = [x.detach().double().requires_grad_(on) for x, on in zip(inputs, train)]
+        targets, scale = torch.randint(V, (T,)), torch.rand(T, dtype=torch.float64) + 0.1
+        want = plain_nll(exact[0], exact[1], targets, exact[2] if with_bias else None, softcap)
+        got = linear_nll(inputs[0], inputs[1], targets, inputs[2] if with_bias else None, chunk_size=chunk, softcap=softcap)
+        assert got.shape == (T,) and got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert relative(got, want) <= loose
+        grads = torch.autograd.grad((want * scale).sum(), [x for x in exact if x.requires_grad])
+        for g, w in zip(torch.autograd.grad((got * scale).sum(), [x for x in inputs if x.requires_grad]), grads):
+            assert g.dtype == dtype and relative(g, w) <= loose
 
 
-def test_linear_nll_frozen_head_is_the_same_and_keeps_no_vocabulary():
+def test_linear_nll_gradcheck():
+    torch.manual_seed(1)
+    make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)  # noqa: E731
+    targets, weight, bias = torch.randint(11, (5,)), make(11, 4), make(11)
+    for softcap in (None, 2.0):
+        assert torch.autograd.gradcheck(lambda h: linear_nll(h, weight.detach(), targets, bias.detach(), chunk_size=4, softcap=softcap), (make(5, 4),))
+        assert torch.autograd.gradcheck(lambda h, w, b: linear_nll(h, w, targets, b, chunk_size=4, softcap=softcap), (make(5, 4), weight, bias))
+
+
+def test_linear_nll_keeps_no_vocabulary_and_no_graph_unasked():
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(6, 8, requires_grad=True), torch.randn(1000, 8), torch.randint(1000, (6,))
-    got = linear_nll(hidden, weight, targets, chunk_size=64)
-    assert max(t.numel() for t in got.grad_fn.saved_tensors if t is not None) == 48
-    want = plain_nll(hidden, weight, targets)
-    torch.testing.assert_close(*(torch.autograd.grad(x.pow(2).sum(), hidden)[0] for x in (got, want)), rtol=1e-4, atol=1e-5)
+    for head in (False, True):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            linear_nll(hidden, weight.requires_grad_(head), targets, chunk_size=64)
+        assert kept and all(t.numel() < 6 * 64 for t in kept if t.data_ptr() != weight.data_ptr() and t.untyped_storage().data_ptr() != weight.data_ptr())
     with torch.no_grad():
         assert linear_nll(hidden, weight, targets).grad_fn is None
+    assert linear_nll(hidden.detach(), weight.requires_grad_(False), targets).grad_fn is None
 
 
-def test_linear_nll_gradcheck_by_differences():
-    torch.manual_seed(1)
-    hidden, weight, targets = torch.randn(3, 4), torch.randn(11, 4), torch.randint(11, (3,))
-    x = hidden.clone().requires_grad_()
-    grad, = torch.autograd.grad(linear_nll(x, weight, targets, chunk_size=4).sum(), x)
-    for i in range(3):
-        for j in range(4):
-            step = torch.zeros(3, 4, dtype=torch.float64)
-            step[i, j] = 1e-5
-            up, down = (plain_nll(hidden.double() + s, weight.double(), targets).sum() for s in (step, -step))
-            assert abs((up - down) / 2e-5 - grad[i, j]) < 1e-4
-
-
-def test_linear_nll_bfloat16_and_extreme_logits():
+@pytest.mark.parametrize("head", [False, True])
+def test_linear_nll_used_twice_compiled_checkpointed(head):
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(20, 64).bfloat16(), torch.randn(300, 64).bfloat16() * 0.3, torch.randint(300, (20,))
+    hidden, weight, targets = torch.randn(6, 8, requires_grad=True), torch.randn(99, 8, requires_grad=head), torch.randint(99, (6,))
+    inputs = [hidden, weight] if head else [hidden]
+    ours = lambda h, w: linear_nll(h, w, targets, chunk_size=20)  # noqa: E731
+    loss = lambda nll: nll.sum() + nll.square().mean()  # noqa: E731, two uses of one result
+    want = torch.autograd.grad(loss(plain_nll(hidden, weight, targets)), inputs)
+    got = loss(ours(hidden, weight))
+    variants = [torch.autograd.grad(got, inputs, retain_graph=True), torch.autograd.grad(got, inputs)]
+    variants.append(torch.autograd.grad(loss(torch.utils.checkpoint.checkpoint(ours, hidden, weight, use_reentrant=False)), inputs))
+    variants.append(torch.autograd.grad(loss(torch.compile(ours, backend="aot_eager")(hidden, weight)), inputs))
+    for grads in variants:
+        for g, w in zip(grads, want):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_nll_under_autocast():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(20, 64, requires_grad=True), torch.randn(300, 64) * 0.3, torch.randint(300, (20,))
     want = plain_nll(hidden.double(), weight.double(), targets)
-    assert (linear_nll(hidden, weight, targets, chunk_size=50) - want).norm() < 1e-2 * want.norm()
+    for head in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            got = linear_nll(hidden, weight.requires_grad_(head), targets, chunk_size=70)
+        grad, = torch.autograd.grad(got.sum(), hidden)
+        assert got.dtype == torch.float32 and 1e-6 < relative(got, want) < 1e-2  # it did round
+        assert grad.dtype == torch.float32 and relative(grad, torch.autograd.grad(want.sum(), hidden, retain_graph=True)[0].double()) < 1e-2
+
+
+def test_linear_nll_extreme_logits():
     huge = linear_nll(torch.tensor([[1e4]]), torch.tensor([[1.0], [-1.0], [0.0]]), torch.tensor([1]), chunk_size=1)
     assert huge.item() == 2e4
 
@@ -130,23 +160,49 @@ def test_cp_loss_statistics():
 
 @pytest.mark.parametrize("phi", ["nll", "perplexity"])
 @pytest.mark.parametrize("distance", ["absolute", "signed"])
-@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1e4, 0.0, 1e4], [5.0, 1e4, 1e4], [1e4, 1e4, 0.0]])
+@pytest.mark.parametrize("values", [[0.0, 0.0, 0.0], [1e4, 0.0, 1e4], [5.0, 1e4, 1e4], [1e4, 1e4, 0.0], [0.0, 1e4, 1e4]])
 def test_cp_loss_extremes_stay_finite(phi, distance, values):
+    """|P| = 1 (always at distance 0), ties, and nll from 0 to 1e4."""
     nll = torch.tensor(values, requires_grad=True)
     for alpha in (0.0, 1.0, 100.0):
-        loss, _ = cp_loss(nll, torch.tensor([True, False, False]), torch.zeros(3, dtype=torch.long), alpha=alpha, phi=phi, distance=distance)
-        grad, = torch.autograd.grad(loss.sum(), nll)
-        assert loss.isfinite().all() and grad.isfinite().all()
-        assert alpha or loss.item() == 0
+        for prototype in (None, torch.tensor([3.0])):
+            loss, _ = cp_loss(nll, torch.tensor([True, False, False]), torch.zeros(3, dtype=torch.long), prototype, alpha=alpha, phi=phi, distance=distance)
+            grad, = torch.autograd.grad(loss.sum(), nll)
+            assert loss.isfinite().all() and grad.isfinite().all()
+            assert alpha or (loss.item() == 0 and not grad.any())
 
 
-def test_cp_loss_direction_of_the_push():
-    """A negative likelier than the prototype is made likelier by the absolute distance, less likely by the signed."""
-    for distance, sign in (("absolute", 1), ("signed", -1)):
-        nll = torch.tensor([3.0, 3.0, 2.0], requires_grad=True)
-        loss, _ = cp_loss(nll, torch.tensor([True, True, False]), torch.zeros(3, dtype=torch.long), torch.tensor([3.0]), distance=distance)
-        loss.sum().backward()
-        assert math.copysign(1, nll.grad[2]) == sign
+@pytest.mark.parametrize("positives, negatives", [(1, 1), (1, 1000), (1000, 1), (1000, 1000)])
+def test_cp_loss_set_sizes(positives, negatives):
+    torch.manual_seed(0)
+    positive, anchor = torch.arange(positives + negatives) < positives, torch.zeros(positives + negatives, dtype=torch.long)
+    nll = torch.rand(positives + negatives, dtype=torch.float64) * 4
+    want = loop_loss(nll, positive, anchor, None, 1.1, 0.5, "nll", "absolute")
+    torch.testing.assert_close(cp_loss(nll.float(), positive, anchor, alpha=1.1, tau=0.5)[0].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("distance", ["absolute", "signed"])
+def test_cp_loss_gradcheck_and_free_prototype(distance):
+    """In float64 it stays float64; gradients flow into a prototype that asks for them."""
+    nll = torch.tensor([1.0, 2.0, 2.5, 0.5, 4.0], dtype=torch.float64, requires_grad=True)
+    positive, anchor = torch.tensor([True, True, False, False, False]), torch.zeros(5, dtype=torch.long)
+    c = torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: cp_loss(x, positive, anchor, distance=distance)[0], (nll,))
+    assert torch.autograd.gradcheck(lambda x, c: cp_loss(x, positive, anchor, c, distance=distance)[0], (nll, c))
+
+
+@pytest.mark.parametrize("prototype", [None, torch.tensor([3.0])])
+def test_cp_loss_signs(prototype):
+    """d loss / d phi of negatives below, at and above the prototype; of positives below, at and above a fixed one."""
+    signs = {}
+    for distance in ("absolute", "signed"):
+        nll = torch.tensor([2.0, 3.0, 4.0, 1.0, 3.0, 5.0], requires_grad=True)
+        positive = torch.tensor([True, True, True, False, False, False])
+        cp_loss(nll, positive, torch.zeros(6, dtype=torch.long), prototype, distance=distance)[0].sum().backward()
+        signs[distance] = nll.grad.sign().int().tolist()
+    assert signs["absolute"][3:] == [1, 0, -1] and signs["signed"][3:] == [-1, -1, -1]
+    if prototype is not None:  # a free one adds its own pull to every positive
+        assert signs["absolute"][:3] == signs["signed"][:3] == [-1, 0, 1]
 
 
 def test_cp_loss_refuses():
