@@ -1,11 +1,12 @@
-"""linear_nll against its peers: forward + backward of the summed nll, side by side in one process.
+"""linear_nll against its peers: forward + backward of the summed nll, side by side.
 
-    .venv/bin/pip install --no-deps trl==1.16.0 cut-cross-entropy==25.1.1 liger-kernel==0.8.5   # the peers
+    .venv/bin/pip install --no-deps trl==1.16.0 cut-cross-entropy==25.1.1 liger-kernel==0.8.5 triton==3.9.0  # the peers
     .venv/bin/python tests/bench_cp_loss.py            # 6 minutes on 2 CPU cores; --head for a head that trains
 
-Ways take turns, so that drift meets all alike; times are medians with their quartiles. `bound` is two bare matrix
-products into tensors that exist already. Memory is the peak above what was there before (on a CPU, resident
-pages). `error` is the gradient's distance from float64's, relative.
+A shape has a process of its own (memory that another left in pieces costs a tenth), in which the ways take turns, so
+that drift meets all alike; times are medians with their quartiles. `bound` is two bare matrix products into tensors
+that exist already. Memory is the peak above what was there before (on a CPU, resident pages). `error` is the
+gradient's distance from float64's, relative.
 """
 import argparse
 import ctypes
@@ -125,4 +126,6 @@ if __name__ == "__main__":
     print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.repeats} runs each")
     for shape in SHAPES[args.device]:
         for dtype in (torch.bfloat16, torch.float32):
-            measure(*shape, dtype, args.head, args.device, args.repeats)
+            job = torch.multiprocessing.get_context("spawn").Process(target=measure, args=(*shape, dtype, args.head, args.device, args.repeats))
+            job.start()
+            job.join()
