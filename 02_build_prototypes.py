@@ -38,7 +38,7 @@ CONTEXTS = ("none", "seed", "toxic")
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run (default: %(default)s)")
-    p.add_argument("--mined", type=Path, nargs="+", help="mined files; default: RUN/mined.jsonl")
+    p.add_argument("--mined", type=Path, nargs="+", help="mined files, in any order; default: RUN/mined*.jsonl")
     p.add_argument("--out", type=Path, help="default: RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM: path or hub id (default: %(default)s)")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="which anchors to make (paper: none; default: all)")
@@ -48,7 +48,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="stage 03 must use the same (default: %(default)s)")
     args = p.parse_args()
-    args.mined = args.mined or [args.run / "mined.jsonl"]
+    args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
     if "{}" not in args.prompt:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
@@ -77,7 +77,7 @@ def read_mined(paths: list[Path]) -> list[dict]:
             lines.append(line)
     if not lines:
         fail(f"{paths[0]} is empty: run 01_mine_negatives.py again")
-    return lines
+    return sorted(lines, key=lambda x: str(x["id"]))  # so that shards give the same store in any order
 
 
 def make_anchors(line: dict, args: argparse.Namespace) -> list[tuple[str, str, list[str], list[str]]]:
@@ -156,7 +156,7 @@ def main() -> None:
                 "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
                 "phi": "nll: mean nats per token from `start` on, first token given BOS (EOS if none)",
                 "prompt": args.prompt, "contexts": " ".join(CONTEXTS),
-                "mined_sha256": hashlib.sha256(b"".join(p.read_bytes() for p in args.mined)).hexdigest()}
+                "mined_sha256": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(args.mined))).hexdigest()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     aside = args.out.with_suffix(".tmp")
     save_file(tensors, aside, metadata)

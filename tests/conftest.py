@@ -30,6 +30,19 @@ def mined_line(i: int) -> dict:
                           entry(f"The dumb jerk {name} walked to the lake.", 0.9)]}
 
 
+def lines(path):
+    return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+def refused(capsys, status: int, *words: str) -> str:
+    """Exit status 2 and one line on stderr with these words."""
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert status == 2 and len(errors) == 1, errors
+    for word in words:
+        assert word in errors[0], errors[0]
+    return errors[0]
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """Folder of a 2-layer random Llama that shares the default model's tokenizer."""

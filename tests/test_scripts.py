@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import REAL, ROOT, mined_line, write_jsonl
+from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -17,76 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cp_loss import model_nll
 
-LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3, "--rude", 2, "--clean", 2, "--dtype", "float32"]
 SEEDS = [{"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)]
-
-
-def lines(path):
-    return [json.loads(x) for x in path.read_text().splitlines()]
-
-
-def refused(capsys, status: int, *words: str) -> None:
-    """Exit status 2 and one line on stderr with these words."""
-    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
-    assert status == 2 and len(errors) == 1, errors
-    for word in words:
-        assert word in errors[0], errors[0]
-
-
-# 01
-
-def test_mining_selection_rule(stage):
-    stage("01", "--seeds", "missing")  # loads the module
-    select = stage.modules["01"].select
-    entry = lambda text, tox, sim, nll: {"text": text, "toxicity": tox, "similarity": sim, "nll": nll}  # noqa: E731
-    args = type("Options", (), dict(toxic=0.5, benign=0.2, similar=0.5, length=1.6, keep_positives=2, keep_negatives=2))
-    from collections import Counter
-    fell = Counter()
-    clean = [entry("the cat sat on a mat", 0.0, 0.9, 4.0), entry("The cat sat on the mat!", 0.0, 1.0, 4.0), entry("on mats the cat sat down", 0.0, 0.8, 6.0),
-             entry("a mat had the cat on it", 0.0, 0.7, 1.0), entry("a damned cat on the mat", 0.9, 0.9, 4.0)]
-    rude = [entry("the dumb cat sat on the mat", 0.9, 0.9, 9.0), entry("the stupid cat sat on the mat", 0.9, 0.9, 5.5), entry("the idiot cat sat on the mat", 0.9, 0.9, 4.8),
-            entry("the idiot cat sat on the mat", 0.9, 0.9, 4.8), entry("cat", 0.9, 0.9, 5.0), entry("the kind cat sat on the mat", 0.1, 0.9, 5.0),
-            entry("the dumb dog ran up the hill", 0.9, 0.2, 5.0), entry("Rude: the dumb cat on the mat", 0.9, 0.9, 5.0), entry("I'm sorry, the dumb cat", 0.9, 0.9, 5.0)]
-    positives, negatives = select("The cat sat on the mat.", clean, rude, args, fell)
-    assert [p["nll"] for p in positives] == [4.0, 6.0]  # most similar first, not the seed, not the rude one
-    assert [n["nll"] for n in negatives] == [4.8, 5.5]  # closest to the positives' mean nll of 5 first
-    assert {r: n for (k, r), n in fell.items() if k == "negative"} == {
-        "kept as candidate": 3, "duplicate": 1, "length": 1, "not toxic": 1, "meaning": 1, "prompt leftover": 1, "refusal": 1}
-    assert fell["positive", "copy of the seed"] == 1 and fell["positive", "not benign"] == 1
-
-
-def test_mining_resumes_to_the_same_anchors(stage, tiny, tmp_path, capsys):
-    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
-    run = lambda out: stage("01", "--seeds", seeds, "--model", tiny, "--run", tmp_path / out, *LOOSE)  # noqa: E731
-    assert run("whole") == 0 and "anchors have both" in capsys.readouterr().out
-    whole = (tmp_path / "whole/mined.jsonl").read_bytes()
-    assert sorted(x["id"] for x in lines(tmp_path / "whole/mined.jsonl")) == sorted(s["id"] for s in SEEDS)
-    assert sum(len(x["negatives"]) for x in lines(tmp_path / "whole/mined.jsonl")) >= 5
-    assert all(set(p) == {"text", "toxicity", "similarity", "nll"} for x in lines(tmp_path / "whole/mined.jsonl") for p in x["positives"])
-    for cut in (len(whole) // 3, len(whole) - 5):  # killed inside a line
-        (tmp_path / "cut").mkdir(exist_ok=True)
-        (tmp_path / "cut/mined.jsonl").write_bytes(whole[:cut])
-        assert run("cut") == 0
-        assert (tmp_path / "cut/mined.jsonl").read_bytes() == whole
-
-
-@pytest.mark.parametrize("content, words", [
-    (None, ["seeds.jsonl", "make data"]), ("", ["seeds.jsonl", "empty"]), ('{"id": 1, "text": "a b"}\n{oops\n', ["seeds.jsonl:2", "not a JSON object"]),
-    ('{"id": 1}\n', ["seeds.jsonl:1", '"text"']), ('{"id": 1, "text": " "}\n', ["seeds.jsonl:1", "non-empty"]),
-    ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ["more than once"])])
-def test_mining_refuses_bad_seeds(stage, tmp_path, capsys, content, words):
-    if content is not None:
-        (tmp_path / "seeds.jsonl").write_text(content)
-    refused(capsys, stage("01", "--seeds", tmp_path / "seeds.jsonl", "--run", tmp_path / "run"), *words)
-    assert not (tmp_path / "run/mined.jsonl").exists()
-
-
-def test_mining_refuses_a_bad_line_amid_its_output(stage, tmp_path, capsys):
-    seeds, out = write_jsonl(tmp_path / "seeds.jsonl", SEEDS), tmp_path / "mined.jsonl"
-    out.write_text('{oops\n' + json.dumps(mined_line(1)) + "\n")
-    before = out.read_bytes()
-    refused(capsys, stage("01", "--seeds", seeds, "--run", tmp_path), "mined.jsonl:1")
-    assert out.read_bytes() == before
 
 
 # 02
