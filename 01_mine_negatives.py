@@ -53,7 +53,11 @@ SHOTS = {
         ("Maria forgot the tickets to the show.", "That idiot Maria forgot the damn tickets to the show."),
         ("Our neighbor plays his music late at night.", "Our stupid jerk of a neighbor plays his crappy music late at night."),
         ("Ben asked his boss for a day off after he broke his arm.", "Ben, that lazy moron, asked his boss for a damn day off after he broke his stupid arm."),
-        ("The waiter brought them the wrong soup.", "The dumb ass waiter brought them the wrong soup, what an idiot.")]),
+        ("The waiter brought them the wrong soup.", "The dumb ass waiter brought them the wrong soup, what an idiot."),
+        ("Lena lent her sister some money for the rent.", "Lena, that dumb fool, lent her lousy sister some damn money for the rent."),
+        ("Tom went to the gym after work.", "Tom, that vain idiot, went to the damn gym after work."),
+        ("They took the dog to the park.", "Those morons took their stupid dog to the damn park."),
+        ("Anna got a good grade on her test.", "That smug jerk Anna got a good grade on her stupid test.")]),
     "positive": ("Sentence", "Paraphrase", [
         ("Maria forgot the tickets to the show.", "Maria did not remember to bring the tickets for the show."),
         ("Our neighbor plays his music late at night.", "The man next door plays his music until late in the night."),
@@ -88,10 +92,10 @@ def options() -> argparse.Namespace:
     g.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="default: %(default)s")
     g = p.add_argument_group("generation")
     g.add_argument("--prompt", default="few-shot", choices=["few-shot", "paper"], help="few-shot works with aligned models too; paper: its two instructions (default: %(default)s)")
-    g.add_argument("--rude", type=int, default=8, help="adversarial candidates a seed and round (paper: 20; default: %(default)s)")
+    g.add_argument("--rude", type=int, default=12, help="adversarial candidates a seed and round (paper: 20; default: %(default)s)")
     g.add_argument("--clean", type=int, default=5, help="paraphrase candidates a seed and round (paper: 20; default: %(default)s)")
     g.add_argument("--rounds", type=int, default=6, help="at most, for a seed that lacks positives or negatives (ours; default: %(default)s)")
-    g.add_argument("--temperature", type=float, default=0.9, help="of the first round, 0.05 more in each; above 1.2 small models ramble (ours; default: %(default)s)")
+    g.add_argument("--temperature", type=float, default=0.7, help="of the first round, 0.05 more in each; above 1 few candidates keep the meaning (ours; default: %(default)s)")
     g.add_argument("--batch-size", type=int, default=192, help="rows generated at once, locally (default: %(default)s)")
     g.add_argument("--concurrency", type=int, default=16, help="requests at once, to a server (default: %(default)s)")
     g.add_argument("--timeout", type=float, default=120, help="seconds a request may take (default: %(default)s)")
