@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
 
 from cp_loss import check_model, model_nll
 
@@ -46,7 +46,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--prompt", default="Sentence: {}\nParaphrase:", help="context of seed and toxic anchors; stage 04 rewrites with it (ours)")
     p.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="stage 03 must use the same (default: %(default)s)")
+    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "nf4"], help="of the base, in stages 03 and 04 too; nf4 needs bitsandbytes (default: %(default)s)")
     args = p.parse_args()
     args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
@@ -58,6 +58,11 @@ def options() -> argparse.Namespace:
 def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def precision(dtype: str) -> dict:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"dtype": torch.bfloat16, "quantization_config": nf4} if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
 
 
 def read_mined(paths: list[Path]) -> list[dict]:
@@ -127,9 +132,11 @@ def main() -> None:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, device_map={"": args.device}, **precision(args.dtype)).eval()
+        for module in model.modules():  # bitsandbytes would repack for CPU inference; stage 03 can't train such weights
+            module.support_avx512bf16_for_cpu = False
         check_model(model)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, ImportError) as err:
         fail(f"{args.model}: {str(err).splitlines()[0]}")
 
     anchors, seed = [], []

@@ -139,9 +139,11 @@ def load(args: argparse.Namespace):
         if meta.get("format") != "cp-prototypes-1":
             fail(f"{args.prototypes}: format {meta.get('format')!r} is not known here: run 02_build_prototypes.py again")
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left")
-        base = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, meta["dtype"]))
-        model = PeftModel.from_pretrained(base.to(args.device), args.adapter).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as err:
+        nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        how = {"dtype": torch.bfloat16, "quantization_config": nf4} if meta["dtype"] == "nf4" else {"dtype": getattr(torch, meta["dtype"])}
+        base = transformers.AutoModelForCausalLM.from_pretrained(args.model, device_map={"": args.device}, **how)
+        model = PeftModel.from_pretrained(base, args.adapter).eval()
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as err:
         fail(f"{args.adapter} on {args.model} with {args.prototypes}: {str(err).strip().splitlines()[0]}: name the files of one run")
     run = args.adapter / "run.json"
     made = json.loads(run.read_text()) if run.is_file() else None

@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def stage():
             return stop.code or 0
         finally:
             sys.argv = before
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # stage 03 takes it over
 
     run.modules = modules
     return run
