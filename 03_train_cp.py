@@ -19,6 +19,7 @@ writes  runs/default/adapter/   PEFT adapter (safetensors), run.json (options, v
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import resource
@@ -28,6 +29,7 @@ import sys
 import time
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it warns at once of what we don't use
 import peft
 import torch
 import transformers

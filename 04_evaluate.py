@@ -20,6 +20,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it warns at once of what we don't use
 import lm_eval
 import matplotlib
 import numpy as np
