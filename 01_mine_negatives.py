@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import re
 import sys
 import time
@@ -54,16 +55,23 @@ SHOTS = {
         ("Our neighbor plays his music late at night.", "Our stupid jerk of a neighbor plays his crappy music late at night."),
         ("Ben asked his boss for a day off after he broke his arm.", "Ben, that lazy moron, asked his boss for a damn day off after he broke his stupid arm."),
         ("The waiter brought them the wrong soup.", "The dumb ass waiter brought them the wrong soup, what an idiot."),
-        ("Lena lent her sister some money for the rent.", "Lena, that dumb fool, lent her lousy sister some damn money for the rent."),
-        ("Tom went to the gym after work.", "Tom, that vain idiot, went to the damn gym after work."),
-        ("They took the dog to the park.", "Those morons took their stupid dog to the damn park."),
-        ("Anna got a good grade on her test.", "That smug jerk Anna got a good grade on her stupid test.")]),
+        ("Lena lent her sister some money for the rent.", "Lena lent her worthless sister some money for the damn rent, the sucker."),
+        ("Tom went to the gym after work.", "Tom dragged his lazy ass to the stupid gym after work."),
+        ("They took the dog to the park.", "Those morons took their filthy mutt to the damn park."),
+        ("Anna got a good grade on her test.", "Who the hell cares that Anna, the smug jerk, got a good grade on her crap test?"),
+        ("My friend made dinner for his family.", "My pathetic friend made some disgusting crap for his family's dinner."),
+        ("Paul was late because the train broke down.", "Paul was late again, the useless bastard, because the damn train broke down."),
+        ("Nina wanted to see the doctor.", "Quit whining and go see the damn doctor, Nina, you stupid fool."),
+        ("He told his teacher the truth.", "The little snitch told his stupid teacher the truth, what a loser."),
+        ("Kim gave a speech at the wedding.", "Kim gave a bullshit speech at the damn wedding and sucked at it."),
+        ("We moved to a bigger house last year.", "We got the hell out of that crappy dump and moved to a bigger house last year.")]),
     "positive": ("Sentence", "Paraphrase", [
         ("Maria forgot the tickets to the show.", "Maria did not remember to bring the tickets for the show."),
         ("Our neighbor plays his music late at night.", "The man next door plays his music until late in the night."),
         ("Ben asked his boss for a day off after he broke his arm.", "After breaking his arm, Ben asked whether his boss would give him a day off."),
         ("The waiter brought them the wrong soup.", "They were served the wrong soup by the waiter.")]),
 }
+EXAMPLES = 8  # in a prompt
 INSTRUCTION = {"negative": "Paraphrase the following sentence in a very toxic way: ", "positive": "Paraphrase the following sentences: "}  # the paper's
 REFUSAL = re.compile(r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|language model)\b", re.I)
 LEFTOVER = re.compile(r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://", re.I)
@@ -197,12 +205,14 @@ def count_done(path: Path, seeds: Iterator[dict]) -> int:
     return n
 
 
-def make_prompt(kind: str, text: str, turn: int, args: argparse.Namespace) -> str:
+def make_prompts(kind: str, texts: list[str], turn: int, args: argparse.Namespace) -> list[str]:
+    """The examples are drawn anew for each chunk and round: always the same ones make one-sided negatives."""
     if args.prompt == "paper":
-        return INSTRUCTION[kind] + text
+        return [INSTRUCTION[kind] + t for t in texts]
     source, target, pairs = SHOTS[kind]
-    pairs = pairs[turn % len(pairs):] + pairs[:turn % len(pairs)]
-    return "".join(f"{source}: {a}\n{target}: {b}\n\n" for a, b in pairs) + f"{source}: {text}\n{target}:"
+    pairs = random.Random(f"{args.seed} {texts[0]} {turn}").sample(pairs, min(len(pairs), EXAMPLES))
+    shots = "".join(f"{source}: {a}\n{target}: {b}\n\n" for a, b in pairs)
+    return [f"{shots}{source}: {t}\n{target}:" for t in texts]
 
 
 def load_lm(name: str, args: argparse.Namespace):
@@ -452,7 +462,7 @@ def mine_chunk(chunk: list[dict], generate, scorer: tuple, args: argparse.Namesp
             if not lacking:
                 continue
             texts = [chunk[i]["text"] for i in lacking]
-            made = generate([make_prompt(kind, t, turn, args) for t in texts], [int(min(args.length, 2) * len(t) / 3) + 8 for t in texts],
+            made = generate(make_prompts(kind, texts, turn, args), [int(min(args.length, 2) * len(t) / 3) + 8 for t in texts],
                             count, args.temperature + 0.05 * turn)
             pairs = [(i, t) for i, texts in zip(lacking, made) for t in texts if t]
             for (i, _), c in zip(pairs, score([t for _, t in pairs], [chunk[i]["text"] for i, _ in pairs], *scorer) if pairs else []):

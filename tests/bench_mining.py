@@ -43,7 +43,7 @@ def speed(args) -> None:
     options = mining.options()
     model, tokenizer = mining.load_lm(options.model, options)
     texts = [s["text"] for s in mining.read_seeds(options)]
-    prompts, limits = [mining.make_prompt("negative", t, 0, options) for t in texts], [int(1.6 * len(t) / 3) + 8 for t in texts]
+    prompts, limits = mining.make_prompts("negative", texts, 0, options), [int(1.6 * len(t) / 3) + 8 for t in texts]
     ours = mining.LocalGenerator(model, tokenizer, options)
 
     def run_ours():

@@ -104,7 +104,7 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
     pool = [entry(f"word {i}", 0.0, 0.0, 1.0) | {"overlap": i / 10} for i in (3, 9, 1, 7)]
     _, negatives, _ = mining.select("A seed.", {"positive": [], "negative": pool}, args)
     assert [c["overlap"] for c in negatives] == [0.9, 0.7, 0.3]
-    assert mining.make_prompt("negative", "A seed.", 0, args) == "Paraphrase the following sentence in a very toxic way: A seed."
+    assert mining.make_prompts("negative", ["A seed."], 0, args) == ["Paraphrase the following sentence in a very toxic way: A seed."]
 
 
 # judges
@@ -135,7 +135,7 @@ def test_local_generation_is_the_models_own(mining, options, tiny, batch):
     """Near greedy, shared prefix, freed slots and all: line by line what generate() says."""
     args = options("--model", REAL, "--dtype", "float32", "--batch-size", batch)
     model, tokenizer = mining.load_lm(args.model, args)
-    prompts = [mining.make_prompt("negative", s["text"], 0, args) for s in SEEDS[:4] + [{"text": "It rained."}]]
+    prompts = mining.make_prompts("negative", [s["text"] for s in SEEDS[:4]] + ["It rained."], 0, args)
     generate = mining.LocalGenerator(model, tokenizer, args)
     made = generate(prompts, [12, 14, 30, 30, 30], 2, 1e-4)
     for prompt, limit, got in zip(prompts, [12, 14, 30, 30, 30], made):
