@@ -164,23 +164,29 @@ def _parts(model):
     return model.base_model, head, scale, getattr(config, "final_logit_softcapping", None)
 
 
+def pack(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows of whole sequences (their numbers), up to max_tokens each; a longer one has its own. First fit, longest first."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        k = next((k for k, left in enumerate(room) if lengths[i] <= left), len(rows))
+        if k == len(rows):
+            rows, room = rows + [[]], room + [max_tokens]
+        rows[k].append(i)
+        room[k] -= lengths[i]
+    return rows
+
+
 def model_nll(model, sequences: list[Tensor], start: list[int] | None = None, max_tokens: int = 2048) -> Tensor:
     """phi as used by every stage: nats per token of each sequence, (S,), from packed rows.
 
     sequences: S token-id tensors (L,), each beginning with its own context (a BOS, a prompt); start: where
     phi begins, at least 1, default 1: tokens before it are context and don't count. Position ids restart
-    with each sequence, which is how transformers keeps attention within it. A row holds whole sequences, up
-    to max_tokens. Gradients flow if grad mode is on."""
+    with each sequence, which is how transformers keeps attention within it. Rows are made by `pack`, without
+    padding. Gradients flow if grad mode is on."""
     backbone, head, scale, softcap = _parts(model)
     start = start or [1] * len(sequences)
-    bins, size = [[]], 0
-    for i, ids in enumerate(sequences):
-        if size and size + len(ids) > max_tokens:
-            bins, size = bins + [[]], 0
-        bins[-1].append(i)
-        size += len(ids)
-    out = []
-    for row in bins:
+    rows, out = pack([len(x) for x in sequences], max_tokens), []
+    for row in rows:
         ids = torch.cat([sequences[i] for i in row]).long().to(head.weight.device)  # (T,)
         position = torch.cat([torch.arange(len(sequences[i])) for i in row]).to(ids.device)
         first = torch.cat([torch.full((len(sequences[i]),), start[i]) for i in row]).to(ids.device)
@@ -189,15 +195,18 @@ def model_nll(model, sequences: list[Tensor], start: list[int] | None = None, ma
         if backbone.config.model_type == "falcon":  # does not look at position ids for its mask: spell it out
             mask = (owner[:, None] == owner)[None, None].tril()
         hidden = backbone(input_ids=ids[None], position_ids=position[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
+        hidden = hidden.to(ids.device)  # layers may be spread over devices
         scored = (position >= first.clamp(min=1)).nonzero().flatten()
         nll = linear_nll(hidden[scored - 1] * scale, head.weight, ids[scored], head.bias, softcap=softcap)
         out.append(sequence_nll(nll, owner[scored], len(row)))
-    return torch.cat(out)
+    return torch.cat(out)[torch.tensor(sum(rows, [])).argsort().to(out[0].device)]  # as they came
 
 
 @torch.no_grad()
 def check_model(model) -> None:
     """Raises ValueError unless packed `model_nll` equals log_softmax of the model's own logits, row by row."""
+    if any(w.is_meta for w in model.parameters()):
+        raise ValueError(f"{type(model).__name__} does not fit on the devices at hand")
     vocab, device = model.get_input_embeddings().num_embeddings, model.device
     ids = [torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(n)).to(device) for n in (7, 12)]
     logits = [model(input_ids=x[None], use_cache=False).logits[0, :-1].float() for x in ids]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cp_loss import check_model, cp_loss, linear_nll, model_nll, sequence_nll
+from cp_loss import check_model, cp_loss, linear_nll, model_nll, pack, sequence_nll
 
 ROOT = Path(__file__).parent.parent
 
@@ -237,6 +237,14 @@ def tiny(family: str):
     return model
 
 
+def test_pack():
+    assert pack([5, 3, 9, 2, 4], 8) == [[2], [0, 1], [4, 3]] and pack([], 8) == []
+    sizes = torch.randint(1, 70, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = pack(sizes, 128)
+    assert sorted(sum(rows, [])) == list(range(200)) and all(sum(sizes[i] for i in row) <= 128 for row in rows)
+    assert len(rows) == -(-sum(sizes) // 128)  # the least there is
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_rows_give_each_models_own_nll(family):
     model = tiny(family)
@@ -275,6 +283,8 @@ def test_check_model_refuses_a_head_it_does_not_reproduce():
     model.forward = lambda *a, **k: (lambda out: setattr(out, "logits", out.logits * 1.5) or out)(own(*a, **k))
     with pytest.raises(ValueError, match="not supported"):
         check_model(model)
+    with pytest.raises(ValueError, match="does not fit"):
+        check_model(tiny("Llama").to("meta"))
     model = tiny("Llama")
     model.set_output_embeddings(torch.nn.Sequential(model.lm_head))
     with pytest.raises(ValueError, match="not a plain linear"):
