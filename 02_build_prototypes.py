@@ -45,7 +45,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--toxic-contexts", type=int, default=2, help="toxic anchors a mined line, at most (ours; default: %(default)s)")
     p.add_argument("--prompt", default="Sentence: {}\nParaphrase:", help="context of seed and toxic anchors; stage 04 rewrites with it (ours)")
     p.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="auto: layers spread over all devices (default: %(default)s)")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "nf4"], help="of the base, in stages 03 and 04 too; nf4 needs bitsandbytes (default: %(default)s)")
     args = p.parse_args()
     args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
@@ -132,7 +132,7 @@ def main() -> None:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, device_map={"": args.device}, **precision(args.dtype)).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto" if args.device == "auto" else {"": args.device}, **precision(args.dtype)).eval()
         for module in model.modules():  # bitsandbytes would repack for CPU inference; stage 03 can't train such weights
             module.support_avx512bf16_for_cpu = False
         check_model(model)

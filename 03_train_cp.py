@@ -18,6 +18,7 @@ writes  runs/default/adapter/   PEFT adapter (safetensors), run.json (options, v
 """
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -33,12 +34,17 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it
 import peft
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, reduce
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cp_loss import check_model, cp_loss, model_nll
+from cp_loss import check_model, cp_loss, model_nll, pack
 
 FORMAT = "cp-prototypes-1"
 PRESETS = {  # the paper's: one epoch, batch 2 x accumulation 3, on a 4-bit base (here: the base as loaded)
@@ -46,6 +52,8 @@ PRESETS = {  # the paper's: one epoch, batch 2 x accumulation 3, on a 4-bit base
     "paper": {"context": ["none"], "phi": "perplexity", "distance": "absolute", "prototype": "batch", "alpha": 1.0, "tau": 1.0,
               "hold": 0.0, "lr": 2.2e-5, "anchors": 6, "positives": 3, "negatives": 5, "steps": None},
 }
+FREE = ("preset", "run", "prototypes", "out", "merge", "track", "max_tokens", "budget", "checkpointing", "shard", "device")  # may change from a start to the next
+STATS = ("cp", "phi_pos", "phi_neg", "gap", "prototype", "ranking", "drift", "prototype_drift")
 
 
 def options() -> argparse.Namespace:
@@ -54,7 +62,7 @@ def options() -> argparse.Namespace:
     g = p.add_argument_group("files")
     g.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run (default: %(default)s)")
     g.add_argument("--prototypes", type=Path, help="default: RUN/prototypes.safetensors")
-    g.add_argument("--out", type=Path, help="adapter folder; default: RUN/adapter")
+    g.add_argument("--out", type=Path, help="adapter folder, metrics.jsonl goes beside it; default: RUN/adapter")
     g.add_argument("--merge", action="store_true", help="also write the merged model, in float32, to RUN/merged")
     g.add_argument("--track", choices=["tensorboard", "wandb"], help="log there too (needs its package)")
     g = p.add_argument_group("objective")
@@ -79,8 +87,9 @@ def options() -> argparse.Namespace:
     g.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
     g.add_argument("--budget", type=int, default=2048, help="tokens whose graph is held at once; steps above it take two passes (default: %(default)s)")
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third slower")
+    g.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen layers over the processes (FSDP), for a base that one device can't hold")
     g.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="auto: layers spread over this process' devices (default: %(default)s)")
     preset = p.parse_known_args()[0].preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: unknown; there are {', '.join(PRESETS)}")
@@ -104,7 +113,7 @@ def read_store(path: Path) -> tuple[dict, dict]:
         fail(f"{path} not found: run 02_build_prototypes.py first")
     try:
         with safe_open(path, "pt") as f:
-            meta, store = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            meta, store = dict(sorted((f.metadata() or {}).items())), {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as err:
         fail(f"{path}: not a safetensors file ({err}): run 02_build_prototypes.py again")
     if meta.get("format") != FORMAT:
@@ -117,12 +126,12 @@ def precision(dtype: str) -> dict:
     return {"dtype": torch.bfloat16, "quantization_config": nf4} if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
 
 
-def load_base(meta: dict, path: Path, device: torch.device):
+def load_base(meta: dict, path: Path, device: torch.device | str):
     """The model the prototypes were made with, or an error that says how it differs."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(meta["model"], device_map={"": device}, **precision(meta["dtype"]))
+        model = transformers.AutoModelForCausalLM.from_pretrained(meta["model"], device_map="auto" if device == "auto" else {"": device}, **precision(meta["dtype"]))
         for module in model.modules():  # bitsandbytes' repacking for CPU inference cuts the gradient, silently
             module.support_avx512bf16_for_cpu = False
         check_model(model)
@@ -158,10 +167,22 @@ def draw(store: dict, anchors: torch.Tensor, args: argparse.Namespace, generator
     return torch.cat(chosen)
 
 
+def most(n: int, args: argparse.Namespace) -> int:
+    return max(gather_object([n])) if args.shard else n  # of any process: gathering layers needs them all, as often
+
+
+def lengths(store: dict, chosen: torch.Tensor) -> list[int]:
+    return (store["offsets"][chosen + 1] - store["offsets"][chosen]).tolist()
+
+
 def phi(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    offsets = store["offsets"]
-    ids = [store["input_ids"][offsets[i]:offsets[i + 1]] for i in chosen.tolist()]
-    return model_nll(model, ids, store["start"][chosen].tolist(), args.max_tokens)  # (S,)
+    rows = len(pack(lengths(store, chosen), args.max_tokens))
+    more = most(rows, args) - rows
+    ids = [store["input_ids"][store["offsets"][i]:store["offsets"][i + 1]] for i in chosen.tolist()]
+    nll = model_nll(model, ids, store["start"][chosen].tolist(), args.max_tokens) if rows else torch.zeros(0, device=model.device)  # (S,)
+    for _ in range(more):  # rows that count for nothing
+        nll = nll + 0 * model_nll(model, [torch.zeros(2, dtype=torch.long)]).sum()
+    return nll
 
 
 def objective(nll: torch.Tensor, store: dict, chosen: torch.Tensor, args: argparse.Namespace, total: tuple[int, int] | None = None):
@@ -175,179 +196,251 @@ def objective(nll: torch.Tensor, store: dict, chosen: torch.Tensor, args: argpar
     loss, stats = cp_loss(nll, positive, anchor.to(nll.device), base if args.prototype == "base" else None,
                           alpha=args.alpha, tau=args.tau, phi=args.phi, distance=args.distance)
     stats["drift"] = (nll.detach() - store["nll"][chosen].to(nll.device))[positive].mean()  # nats, from the base
-    A, P = total or (len(loss), int(positive.sum()))
+    stats["prototype_drift"] = stats["prototype"] - base.mean()
     stats["cp"] = loss.detach().mean()  # -log J alone
+    A, P = total or (len(loss), int(positive.sum()))
     return loss.sum() / A + args.hold * nll[positive].sum() / P, stats
 
 
 def backward(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace, total: tuple[int, int]):
     """Accumulates the objective's gradient, in one pass or, over the budget, in two; loss and statistics."""
-    lengths = store["offsets"][chosen + 1] - store["offsets"][chosen]
-    if lengths.sum() <= args.budget:
-        loss, stats = objective(phi(model, store, chosen, args), store, chosen, args, total)
-        loss.backward()
-        return loss.detach(), stats
-    with torch.no_grad():
+    parts = pack(lengths(store, chosen), args.budget)  # whole sequences whose graph is held at once
+    passes = most(len(parts), args)
+    with torch.set_grad_enabled(passes == 1):
         nll = phi(model, store, chosen, args)
-    loss, stats = objective(nll.requires_grad_(), store, chosen, args, total)
-    grad, = torch.autograd.grad(loss, nll)  # (S,)
-    part = (lengths.cumsum(0) - 1) // args.budget  # runs of whole sequences, of about the budget each
-    for k in part.unique():
-        phi(model, store, chosen[part == k], args).backward(grad[part.to(grad.device) == k])
+    at = nll.detach().requires_grad_()
+    loss, stats = objective(at, store, chosen, args, total) if len(chosen) else (at.sum(), {})
+    grad, = torch.autograd.grad(loss, at)  # (S,)
+    if passes == 1:
+        nll.backward(grad)
+    else:
+        for part in parts + [[]] * (passes - len(parts)):
+            part = torch.tensor(part, dtype=torch.long)
+            phi(model, store, chosen[part], args).backward(grad[part.to(grad.device)])
     return loss.detach(), stats
 
 
+def batch(store: dict, train: torch.Tensor, args: argparse.Namespace, step: int) -> torch.Tensor:
+    """Sequence numbers of a step: anchors in an order anew each epoch, a draw of each one's sets."""
+    epoch, at = divmod(step * args.anchors, len(train))
+    order = torch.cat([train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1009 + e))] for e in (epoch, epoch + 1)])
+    return draw(store, order[at:at + args.anchors].unique(), args, torch.Generator().manual_seed(args.seed * 100_003 + step))
+
+
+def own(store: dict, chosen: torch.Tensor, rank: int) -> torch.Tensor:
+    """The part of a step's sequences that a process takes: whole anchors."""
+    anchors = store["anchor"][chosen].unique()
+    return chosen[torch.isin(store["anchor"][chosen], anchors[rank::PartialState().num_processes])]
+
+
+def train_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace, stopped: list):
+    """Gradients, loss and statistics of a step, and whether any process was told to stop, all summed over processes."""
+    mine, anchors = own(store, chosen, PartialState().process_index), len(store["anchor"][chosen].unique())
+    loss, stats = torch.zeros((), device=model.device), {}
+    if len(mine) or args.shard:
+        loss, stats = backward(model, store, mine, args, (anchors, int(store["is_positive"][chosen].sum())))
+    if PartialState().num_processes == 1:
+        return loss, stats, bool(stopped)
+    weight, trained = len(store["anchor"][mine].unique()) / anchors, [w for w in model.parameters() if w.requires_grad]
+    extra = torch.stack([loss, loss.new_tensor(len(stopped)), *(weight * stats[k].to(loss) if stats else torch.zeros_like(loss) for k in STATS)])
+    flat = [torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in trained]
+    *grads, extra = reduce(torch.cat([*flat, extra.to(flat[0])]), "sum").split([*map(len, flat), len(extra)])  # one message
+    for w, g in zip(trained, grads):
+        w.grad = g.view_as(w).clone()
+    return extra[0], dict(zip(STATS, extra[2:])), bool(extra[1])
+
+
+@torch.no_grad()
 def validate(model, store: dict, anchors: torch.Tensor, args: argparse.Namespace) -> dict:
-    """Mean over held-out anchors, whole sets, of the objective and its statistics; `criterion` picks the best state:
-    -log J, and the nats by which neutral sentences became less likely."""
-    model.eval()
-    rows = []
-    with torch.no_grad():
-        for a in anchors.split(args.anchors):
-            chosen = draw(store, a, args, None)
-            loss, stats = objective(phi(model, store, chosen, args), store, chosen, args)
-            rows.append({"loss": loss.item(), **{k: v.item() for k, v in stats.items()}})
-    weights = [len(a) / len(anchors) for a in anchors.split(args.anchors)]
-    means = {k: sum(w * r[k] for w, r in zip(weights, rows)) for k in rows[0]}
-    return means | {"criterion": means["cp"] + max(means["drift"], 0.0)}
+    """The objective and its statistics over held-out anchors, whole sets; utility_drift is phi of the neutral sentences held
+    out, bare where the store has them so, against the base's. criterion: -log J, and the nats by which neutral text became less likely."""
+    held = torch.isin(store["seed"], store["seed"][anchors])  # (A,)
+    bare = held & (store["context"] == 0)
+    neutral = (store["is_positive"].bool() & (bare if bare.any() else held)[store["anchor"]]).nonzero().flatten()
+    chosen = draw(store, anchors, args, None)
+    mine = torch.cat([chosen, neutral]).unique()[PartialState().process_index::PartialState().num_processes]
+    own_nll = phi(model, store, mine, args)
+    nll = reduce(torch.zeros(len(store["nll"]), device=own_nll.device).index_put((mine.to(own_nll.device),), own_nll), "sum")
+    loss, stats = objective(nll[chosen], store, chosen, args)
+    means = {"loss": loss.item(), **{k: v.item() for k, v in stats.items()}, "utility_drift": (nll.cpu() - store["nll"])[neutral].mean().item()}
+    return means | {"criterion": means["cp"] + max(means["drift"], means["utility_drift"], 0.0)}
 
 
 def peak_memory_gb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e9
+    if device != "cpu" and torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def save_state(path: Path, state: dict) -> None:
+def check(step: int, *values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        fail(f"loss is {values[0]}, gradient {values[-1]} at step {step}: the last saved state is kept; lower --lr")
+
+
+def keep(path: Path, write) -> None:
+    """Written aside and renamed: at any moment whole."""
     aside = path.with_suffix(".tmp")
     try:
-        torch.save(state, aside)
+        write(aside)
         os.replace(aside, path)
-    except (OSError, RuntimeError) as err:
+    except (OSError, RuntimeError, SafetensorError) as err:
         aside.unlink(missing_ok=True)
         fail(f"{path}: can't be written ({str(err).splitlines()[0][:80]}): make room; the same command continues from the last saved state")
 
 
-def load_state(path: Path, identity: str, metrics: Path, main: bool) -> dict:
-    """The saved state of these very options, or {}; metrics are cut back to it."""
+def resume(args: argparse.Namespace, identity: str) -> dict:
+    """The saved state of this very run, or a first one; another run's is moved out of the way, metrics are cut back to the state."""
+    path, metrics = args.out / "state.pt", args.out.parent / "metrics.jsonl"
     try:
-        state = torch.load(path, weights_only=True) if path.exists() else {}
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
     except Exception:  # torch has many kinds for a torn file
         print(f"{path} is torn: from the start", file=sys.stderr)
         state = {}
-    state = state if state.get("identity") == identity else {}
-    if main:
-        lines = metrics.read_text().splitlines(keepends=True) if state and metrics.exists() else []
-        metrics.write_text("".join(x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= state["step"]))
+    if state.get("identity") != identity:
+        state = {"identity": identity, "step": 0, "best": {"criterion": math.inf}}
+    PartialState().wait_for_everyone()  # all have read, now one writes
+    if PartialState().is_main_process:
+        if not state["step"] and (path.exists() or (args.out / "adapter_model.safetensors").exists()):
+            old = next(x for n in itertools.count(1) if not (x := args.out.with_name(f"{args.out.name}.{n}")).exists())
+            if metrics.exists():
+                os.replace(metrics, args.out / "metrics.jsonl")
+            args.out.rename(old)
+            print(f"{args.out} held a run of other options or data: it is kept in {old}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        keep(metrics, lambda x: x.write_text("".join(r for r in lines if r.endswith("}\n") and json.loads(r)["step"] <= state["step"])))
     return state
 
 
-def share(accelerator: Accelerator, trained: list, loss: torch.Tensor, stats: dict, weight: float):
-    """Sums gradients and loss over processes, one message; statistics are averaged by anchors."""
-    for w in trained:
-        w.grad = torch.zeros_like(w) if w.grad is None else w.grad
-    names = ("phi_pos", "phi_neg", "gap", "prototype", "ranking", "drift", "cp")
-    extra = torch.stack([loss, *(weight * stats[k].to(loss) if stats else torch.zeros_like(loss) for k in names)])
-    flat = accelerator.reduce(torch.cat([w.grad.flatten() for w in trained] + [extra.to(trained[0])]), reduction="sum")
-    *grads, extra = flat.split([w.numel() for w in trained] + [len(extra)])
-    for w, g in zip(trained, grads):
-        w.grad.copy_(g.view_as(w))
-    return extra[0], dict(zip(names, extra[1:]))
+def shard(model, device: torch.device) -> None:
+    """Each process keeps a part of every layer's frozen weights and gathers a layer as it is needed. Embeddings, head and LoRA
+    stay whole, so that gradients and files are those of one process."""
+    backbone = model.get_base_model().base_model
+    layers = next(m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList))
+    frozen = {w for w in layers.parameters() if not w.requires_grad}
+    whole = set(model.parameters()) - frozen
+    for module in (*layers, backbone):
+        fully_shard(module, reshard_after_forward=True, ignored_params=whole)
+    for w in whole:
+        w.data = w.data.to(device)
+    kept = sum(w.to_local().numel() for w in layers.parameters() if isinstance(w, DTensor))
+    print(f"process {PartialState().process_index} keeps {kept:,} of the layers' {sum(w.numel() for w in frozen):,} weights")
 
 
-def merge(base: str, adapter: Path, out: Path) -> None:
-    """Into the full-precision base, since merging into a rounded one changes what the model says."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    print(f"merged model: {out}")
+def finish(model, best: dict, filled: list, meta: dict, args: argparse.Namespace) -> None:
+    """The best state as a PEFT adapter and, if wanted, merged into the full-precision base: a rounded one would say other things."""
+    model.peft_config["default"].inference_mode = True
+    model.peft_config["default"].save_pretrained(args.out)
+    keep(args.out / "adapter_model.safetensors", lambda x: save_file(best["adapter"], x, {"format": "pt"}))
+    waste = f"rows {sum(filled) / len(filled):.0%} full, no padding; " if filled else ""
+    print(f"best state: step {best['step']}; {waste}peak memory {peak_memory_gb(args.device):.1f} GB; {args.out}")
+    if args.merge:
+        out = args.out.parent / "merged"
+        base = transformers.AutoModelForCausalLM.from_pretrained(meta["model"], dtype=torch.float32)
+        PeftModel.from_pretrained(base, args.out).merge_and_unload().save_pretrained(out)
+        transformers.AutoTokenizer.from_pretrained(meta["model"]).save_pretrained(out)
+        print(f"merged model: {out}")
+
+
+def set_up(args: argparse.Namespace, store: dict, meta: dict, accelerator: Accelerator):
+    """Model with LoRA, optimizer and schedule, as the saved state of this run has them; and that state."""
+    several = accelerator.num_processes > 1
+    device = accelerator.device if several else args.device
+    if several and args.device == "auto" or args.shard and (not several or meta["dtype"] == "nf4"):
+        fail("--device auto is for one process; --shard for several by torchrun, on a base that is not in 4 bits")
+    base = load_base(meta, args.prototypes, "cpu" if args.shard else device)
+    torch.manual_seed(args.seed)
+    model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    if args.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():  # no dropout, which would differ between a step's passes; layers recompute in training mode only
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    if args.shard:
+        shard(model, device)
+    optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / max(args.warmup, 1), max(args.steps - t, 0) / max(args.steps - args.warmup, 1)))
+    shown = {k: str(v) for k, v in vars(args).items()}
+    identity = repr(([(k, v) for k, v in shown.items() if k not in FREE], meta, [(k, torch.hash_tensor(v).item()) for k, v in sorted(store.items())]))
+    state = resume(args, hashlib.sha256(identity.encode()).hexdigest())
+    if state["step"]:
+        set_peft_model_state_dict(model, state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+    if accelerator.is_main_process and state["step"] < args.steps:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        record = {"options": shown, "prototypes": meta, "held_out": store["seed"][split_anchors(store, meta, args)[1]].unique().tolist(), "git": git,
+                  "processes": accelerator.num_processes, "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+        keep(args.out / "run.json", lambda x: x.write_text(json.dumps(record, indent=1)))
+    accelerator.init_trackers("contrastive-perplexity", shown)
+    return model, optimizer, schedule, state
+
+
+def choice(store: dict, train: torch.Tensor, args: argparse.Namespace, step: int) -> str:
+    """One pass or two, by the next hundred steps."""
+    world, coming = PartialState().num_processes, [batch(store, train, args, s) for s in range(step, args.steps)[:100]]
+    sizes = [sum(lengths(store, own(store, chosen, r))) for chosen in coming for r in range(world)] or [0]
+    return f"about {sum(sizes) * world // len(sizes)} tokens a step, " + (
+        "one pass" if max(sizes) <= args.budget else f"up to {max(sizes)} at once, over --budget {args.budget}: there two passes, one more forward")
 
 
 def main() -> None:
     args = options()
     store, meta = read_store(args.prototypes)
     train, val = split_anchors(store, meta, args)
-    steps = args.steps or math.ceil(len(train) / args.anchors)
+    args.steps = args.steps or math.ceil(len(train) / args.anchors)
     accelerator = Accelerator(cpu=args.device == "cpu", log_with=args.track, project_dir=args.out.parent)
-    rank, world, first = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    base = load_base(meta, args.prototypes, accelerator.device)
-    torch.manual_seed(args.seed)
-    model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
-    if args.checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [w for w in model.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min((t + 1) / max(args.warmup, 1), max(steps - t, 0) / max(steps - args.warmup, 1)))
-    args.out.mkdir(parents=True, exist_ok=True)
-    metrics = args.out.parent / "metrics.jsonl"
-    shown = {k: str(v) for k, v in vars(args).items() if k not in ("merge", "track")} | {"steps": steps}
-    identity = hashlib.sha256(repr((sorted(shown.items()), meta)).encode()).hexdigest()
-    state = load_state(args.out / "state.pt", identity, metrics, first)
-    step, best = state.get("step", 0), state.get("best", {"criterion": math.inf})
-    if state:
-        set_peft_model_state_dict(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {"options": shown, "prototypes": meta, "held_out": store["seed"][val].unique().tolist(), "git": git, "processes": world,
-              "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    first, world = accelerator.is_main_process, accelerator.num_processes
+    model, optimizer, schedule, state = set_up(args, store, meta, accelerator)
+    best, trained = state["best"], optimizer.param_groups[0]["params"]
     if first:
-        (args.out / "run.json").write_text(json.dumps(record, indent=1))
-        print(f"{len(train)} anchors to train on, {len(val)} to validate; {sum(w.numel() for w in trained):,} weights trained; from step {step} of {steps}")
-    accelerator.init_trackers("contrastive-perplexity", record["options"])
-    stopped = []
+        print(f"{len(train)} anchors to train on, {len(val)} to validate; from step {state['step']} of {args.steps}; {choice(store, train, args, state['step'])}")
+    stopped, stop, filled, utility = [], False, [], "-"
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, frame: stopped.append(number))
 
-    log = metrics.open("a" if first else "r", encoding="utf-8")
-    with tqdm(total=steps, initial=step, desc="training", unit="step", disable=not first) as bar:
-        while step < steps and not stopped:
+    log = open(args.out.parent / "metrics.jsonl" if first else os.devnull, "a", buffering=1, encoding="utf-8")
+    with log, tqdm(total=args.steps, initial=state["step"], desc="training", unit="step", disable=not first) as bar:
+        for step in range(state["step"] + 1, args.steps + 1):
             began = time.perf_counter()
-            epoch, at = divmod(step * args.anchors, len(train))
-            order = torch.cat([train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1009 + e))] for e in (epoch, epoch + 1)])
-            anchors = order[at:at + args.anchors].unique()
-            chosen = draw(store, anchors, args, torch.Generator().manual_seed(args.seed * 100_003 + step))
-            mine = chosen[torch.isin(store["anchor"][chosen], anchors[rank::world])]  # whole anchors to each process
-            model.train()
-            loss, stats = torch.zeros((), device=accelerator.device), {}
-            if len(mine):
-                loss, stats = backward(model, store, mine, args, (len(anchors), int(store["is_positive"][chosen].sum())))
-            if world > 1:
-                loss, stats = share(accelerator, trained, loss, stats, len(anchors[rank::world]) / len(anchors))
-            if not math.isfinite(loss.item()):
-                fail(f"loss is {loss.item()} at step {step}: the last saved state is kept; lower --lr")
+            chosen = batch(store, train, args, step - 1)
+            loss, stats, stop = train_step(model, store, chosen, args, stopped)
             norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+            check(step, loss.item(), norm.item())
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-            step += 1
-            tokens = int((store["offsets"][chosen + 1] - store["offsets"][chosen]).sum())
+
+            tokens = sum(lengths(store, chosen))
+            rows = sum(len(pack(lengths(store, own(store, chosen, r)), args.max_tokens)) for r in range(world))
+            filled.append(tokens / rows / args.max_tokens)
             row = {"step": step, "split": "train", "loss": loss.item(), **{k: v.item() for k, v in stats.items()}, "grad_norm": norm.item(), "tokens": tokens,
-                   "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_gb": peak_memory_gb(args.device)}
+                   "fill": filled[-1], "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_gb": peak_memory_gb(args.device)}
+            log.write(json.dumps(row) + "\n")
             accelerator.log(row, step)
             bar.update()
-            bar.set_postfix_str(" ".join(f"{k} {row[k]:.2f}" for k in ("loss", "gap", "ranking", "drift")) + f" {row['tokens_per_second']:.0f} tok/s")
-            if first:
-                log.write(json.dumps(row) + "\n")
-            if first and (step % args.every == 0 or step == steps):
+            bar.set_postfix_str("loss {loss:.2f} gap {gap:.2f} ranking {ranking:.2f} drift: prototype {prototype_drift:+.2f} utility {utility} "
+                                "{tokens_per_second:.0f} tok/s".format(**row, utility=utility))
+            due = step % args.every == 0 or step == args.steps
+            if due:
                 row = {"step": step, "split": "validation", **validate(model, store, val, args)}
+                check(step, row["criterion"])
                 log.write(json.dumps(row) + "\n")
-                tqdm.write("validation " + " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "split"))
+                utility = f"{row['utility_drift']:+.2f}"
+                if first:
+                    tqdm.write("validation " + " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "split"))
                 if row["criterion"] <= best["criterion"]:
                     best = {"criterion": row["criterion"], "step": step, "adapter": {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}}
-            if first and (step % args.every == 0 or step == steps or stopped):
-                log.flush()
-                save_state(args.out / "state.pt", {"step": step, "identity": identity, "adapter": get_peft_model_state_dict(model), "best": best,
-                                                   "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()})
-    if stopped:
+            if first and (due or stop):
+                state |= {"step": step, "adapter": get_peft_model_state_dict(model), "best": best, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                keep(args.out / "state.pt", lambda x: torch.save(state, x))
+            if stop:
+                break
+    accelerator.wait_for_everyone()
+    if stop:
         raise KeyboardInterrupt
     if first:
-        set_peft_model_state_dict(model, best["adapter"])
-        model.save_pretrained(args.out)
-        print(f"best state: step {best['step']}; peak memory {peak_memory_gb(args.device):.1f} GB; {args.out}")
-    if first and args.merge:
-        merge(meta["model"], args.out, args.out.parent / "merged")
+        finish(model, best, filled, meta, args)
     accelerator.end_training()
 
 
@@ -357,3 +450,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the state is saved, the same command continues from it", file=sys.stderr)
         raise SystemExit(130)
+    except OSError as err:  # a full disk, mostly
+        fail(f"{err}: the same command continues from the last saved state")

@@ -101,6 +101,7 @@ def test_training_refuses(stage, trained, tiny, tmp_path, capsys):
     refused(capsys, stage("03", "--run", tmp_path), "run 02_build_prototypes.py first")
     refused(capsys, stage("03", "--preset", "best"), "unknown", "paper")
     refused(capsys, stage("03", "--run", trained, "--positives", 0), "--positives is 0")
+    refused(capsys, stage("03", "--run", trained, "--shard"), "by torchrun")
     store = load_file(trained / "prototypes.safetensors")
     with safe_open(trained / "prototypes.safetensors", "pt") as f:
         meta = f.metadata()
@@ -115,8 +116,8 @@ def test_training_refuses(stage, trained, tiny, tmp_path, capsys):
 
 def test_training_stops_on_a_loss_that_is_not_finite(stage, trained, tmp_path, capsys):
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    refused(capsys, stage("03", "--run", tmp_path, "--steps", 30, "--anchors", 2, "--lr", 1e30, "--warmup", 0, "--clip", 1e30), "loss is", "--lr")
-    assert not (tmp_path / "adapter/adapter_model.safetensors").exists()
+    refused(capsys, stage("03", "--run", tmp_path, "--steps", 30, "--anchors", 2, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--every", 1), "loss is", "--lr")
+    assert not (tmp_path / "adapter/adapter_model.safetensors").exists() and not (tmp_path / "adapter/state.pt").exists()  # no spoilt state
 
 
 # all four, on the default model

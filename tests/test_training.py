@@ -1,5 +1,7 @@
 """Stage 03 beyond one plain run: exact gradients in any memory, several processes, signals, full disks, 4 bits, merging."""
+import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -11,12 +13,14 @@ import pytest
 import torch
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from cp_loss import model_nll
 
 OPTIONS = ["--steps", "6", "--anchors", "3", "--every", "3", "--lr", "1e-2"]
+TRAINED = ["--steps", "6", "--anchors", "2", "--every", "3", "--lr", "1e-2"]  # conftest's `trained`
 
 
 def adapter(run) -> dict:
@@ -57,22 +61,39 @@ def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, monkeypatch, 
         assert math.isclose(loss, other, rel_tol=1e-5) and (parts - whole).norm() / whole.norm() < 1e-4
 
 
-def test_two_processes_follow_one(fresh, tiny):
+def test_two_processes_follow_one(fresh):
+    """Plain, and with the layers' weights shared out: 3 anchors on 2 processes are uneven, in rows, passes and parts too."""
     run, command = fresh
     assert subprocess.run(command, capture_output=True).returncode == 0
     one, rows = adapter(run), lines(run / "metrics.jsonl")
-    shutil.rmtree(run / "adapter")
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "--", *command[1:]], capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr[-2000:]
-    assert all(torch.allclose(one[k], v, atol=1e-4) for k, v in adapter(run).items())  # 3 anchors on 2 processes: uneven
-    for a, b in zip(rows, lines(run / "metrics.jsonl"), strict=True):
-        assert a["step"] == b["step"] and abs(a["loss"] - b["loss"]) < 1e-4 and abs(a["gap"] - b["gap"]) < 1e-4
+    for more in ([], ["--shard", "--checkpointing", "--max-tokens", "50", "--budget", "60"]):
+        shutil.rmtree(run / "adapter")
+        two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517", "--", *command[1:], *more],
+                             capture_output=True, text=True)
+        assert two.returncode == 0, two.stderr[-2000:]
+        assert two.stdout.count("keeps 9,280 of the layers' 18,560 weights" if more else "keeps") == (2 if more else 0), two.stdout
+        assert all(torch.allclose(one[k], v, atol=1e-4) for k, v in adapter(run).items())
+        for a, b in zip(rows, lines(run / "metrics.jsonl"), strict=True):
+            assert a["step"] == b["step"] and all(abs(a[k] - b[k]) < 1e-4 for k in a if k in ("loss", "gap", "drift", "utility_drift", "criterion"))
+
+
+def test_one_process_told_to_stop_stops_all(fresh):
+    run, command = fresh
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29518", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    pair = [subprocess.Popen([*command[:-8], "--steps", "500", *command[-6:]], env=os.environ | place | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    while not (run / "adapter/state.pt").exists() and pair[0].poll() is None:
+        time.sleep(0.005)
+    pair[1].send_signal(signal.SIGTERM)
+    assert [p.wait(60) for p in pair] == [130, 130], [p.stderr.read()[-1000:] for p in pair]
+    saved = torch.load(run / "adapter/state.pt", weights_only=True)["step"]
+    assert [r["step"] for r in lines(run / "metrics.jsonl") if r["split"] == "train"] == list(range(1, saved + 1)) and saved < 500
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(fresh, name):
     run, command = fresh
-    command = [*command[:-6], "--steps", "60", *command[-4:]]
+    command = [*command[:-6], "--steps", "20", *command[-4:]]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not (run / "adapter/state.pt").exists() and process.poll() is None:
         time.sleep(0.005)
@@ -81,8 +102,9 @@ def test_a_signal_saves_first(fresh, name):
     assert process.returncode == 130 and "continues" in error
     saved = torch.load(run / "adapter/state.pt", weights_only=True)["step"]
     rows = [r["step"] for r in lines(run / "metrics.jsonl") if r["split"] == "train"]
-    assert rows == list(range(1, saved + 1)) and saved < 60
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert rows == list(range(1, saved + 1)) and saved < 20
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and f"from step {saved} of 20" in again.stdout
     got = adapter(run)
     shutil.rmtree(run / "adapter")
     assert subprocess.run(command, capture_output=True).returncode == 0
@@ -91,7 +113,7 @@ def test_a_signal_saves_first(fresh, name):
 
 def test_a_full_disk_keeps_the_last_state(fresh):
     run, command = fresh
-    process = subprocess.Popen([*command[:-6], "--steps", "60", *command[-4:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command[:-6], "--steps", "20", *command[-4:]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (run / "adapter/state.pt").exists() and process.poll() is None:
         time.sleep(0.005)
     process.kill()
@@ -101,43 +123,116 @@ def test_a_full_disk_keeps_the_last_state(fresh):
     def no_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
-    done = subprocess.run([*command[:-6], "--steps", "60", *command[-4:]], capture_output=True, text=True, preexec_fn=no_room)
+    done = subprocess.run([*command[:-6], "--steps", "20", *command[-4:]], capture_output=True, text=True, preexec_fn=no_room)
     errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and "make room" in errors[0] and "Traceback" not in done.stderr
     assert (run / "adapter/state.pt").read_bytes() == before and not (run / "adapter/state.tmp").exists()
 
 
-def test_a_torn_state_is_ignored(fresh):
-    run, command = fresh
-    assert subprocess.run(command, capture_output=True).returncode == 0
+def test_a_torn_state_is_ignored(stage, fresh):
+    run, _ = fresh
+    assert stage("03", "--run", run, *OPTIONS) == 0
     want, state = adapter(run), run / "adapter/state.pt"
     for torn in (state.read_bytes()[:1000], b"", b"junk"):
         state.write_bytes(torn)
-        assert subprocess.run(command, capture_output=True).returncode == 0
+        assert stage("03", "--run", run, *OPTIONS) == 0
         assert all(torch.equal(want[k], v) for k, v in adapter(run).items())
         assert [r["step"] for r in lines(run / "metrics.jsonl") if r["split"] == "train"] == list(range(1, 7))
 
 
-def test_the_best_state_is_kept(fresh):
-    run, command = fresh
-    assert subprocess.run([*command, "--steps", "12", "--lr", "1", "--every", "1", "--warmup", "0"], capture_output=True).returncode == 0
+def test_a_finished_run_is_not_lost(stage, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "moved")
+    before = {x: x.read_bytes() for x in (run / "metrics.jsonl", run / "adapter/run.json", run / "adapter/adapter_model.safetensors")}
+    (run / "metrics.jsonl").write_bytes(before[run / "metrics.jsonl"] + b'{"step": 7, "split": "train"}\n{"step": 8, "sp')
+    assert stage("03", "--run", run, *TRAINED, "--budget", 50) == 0  # the same run, elsewhere and in less memory: nothing left to do
+    assert all(x.read_bytes() == want for x, want in before.items()) and not list(run.glob("adapter.*"))
+    store = load_file(run / "prototypes.safetensors")
+    with safe_open(run / "prototypes.safetensors", "pt") as f:
+        meta = f.metadata()
+    for number, more in ((1, ["--lr", "1e-3"]), (2, ["--lr", "1e-3"])):  # other options; the same ones, other data
+        assert stage("03", "--run", run, *TRAINED, *more) == 0
+        for x, want in before.items():
+            assert (run / f"adapter.{number}" / x.name).read_bytes() == want and (x.suffix == ".json" or x.read_bytes() != want)
+        before = {x: x.read_bytes() for x in before}
+        save_file(store | {"start": store["start"].clamp(max=3)}, run / "prototypes.safetensors", meta)
+
+
+def test_a_step_says_what_it_costs(stage, fresh, capsys):
+    run, _ = fresh
+    assert stage("03", "--run", run, *OPTIONS, "--max-tokens", 1000) == 0
+    said = capsys.readouterr().out
+    rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "train"]
+    assert f"about {sum(r['tokens'] for r in rows) // 6} tokens a step, one pass" in said and "padding" in said
+    assert all(r["fill"] == r["tokens"] / 1000 for r in rows)  # one row
+    assert stage("03", "--run", run, *OPTIONS, "--seed", 1, "--budget", 100, "--max-tokens", 100) == 0
+    said = capsys.readouterr().out
+    rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "train"]
+    assert f"up to {max(r['tokens'] for r in rows)} at once, over --budget 100: there two passes, one more forward" in said
+    assert all(0.5 < r["fill"] <= 1 for r in rows)
+
+
+def test_utility_drift_is_that_of_bare_held_out_sentences(trained, tiny):
+    store, state = load_file(trained / "prototypes.safetensors"), torch.load(trained / "adapter/state.pt", weights_only=True)
+    held = json.loads((trained / "adapter/run.json").read_text())["held_out"]
+    chosen = [s for s in range(len(store["nll"])) if store["is_positive"][s] and store["context"][store["anchor"][s]] == 0 and store["seed"][store["anchor"][s]] in held]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), trained / "adapter")
+    with torch.no_grad():
+        nll = model_nll(model, [store["input_ids"][store["offsets"][s]:store["offsets"][s + 1]] for s in chosen], store["start"][chosen].tolist())
+    last = lines(trained / "metrics.jsonl")[-1]
+    assert state["best"]["step"] == last["step"] == 6 and len(chosen) == 4
+    assert abs((nll - store["nll"][chosen]).mean() - last["utility_drift"]) < 1e-4 and abs(last["utility_drift"]) > 0.01
+
+
+@pytest.mark.parametrize("context, by, counted", [(0, 0.5, 0.5), (1, 0.25, 0.25), (0, -1.0, 0.0)])
+def test_both_drifts_count_in_the_criterion(stage, trained, monkeypatch, context, by, counted):
+    """Neutral sentences made less likely, bare (0) or in the contexts trained on (1)."""
+    module = stage.modules["03"]
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--context", "seed"])
+    args = module.options()
+    store, meta = module.read_store(args.prototypes)
+    moved = (store["context"][store["anchor"]] == context) & store["is_positive"].bool()
+    monkeypatch.setattr(module, "phi", lambda model, store, chosen, args: (store["nll"] + by * moved)[chosen])
+    got = module.validate(torch.nn.Module(), store, module.split_anchors(store, meta, args)[1], args)
+    assert math.isclose(got["criterion"], got["cp"] + counted, abs_tol=1e-5) and math.isclose(got["utility_drift"], by if context == 0 else 0, abs_tol=1e-5)
+
+
+def test_the_best_state_is_kept(stage, fresh):
+    run, _ = fresh
+    assert stage("03", "--run", run, *OPTIONS, "--steps", 12, "--lr", 1, "--every", 1, "--warmup", 0, "--hold", 0) == 0
     rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "validation"]
     best = torch.load(run / "adapter/state.pt", weights_only=True)["best"]
     assert best["criterion"] == min(r["criterion"] for r in rows) and best["step"] < 12  # it diverges
     assert all(torch.equal(best["adapter"][k], v) for k, v in adapter(run).items())
 
 
-def test_checkpointing_and_merging(fresh, tiny):
-    run, command = fresh
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    plain = adapter(run)
-    assert subprocess.run([*command, "--checkpointing", "--merge"], capture_output=True).returncode == 0
-    assert all(torch.allclose(plain[k], v, atol=1e-5) for k, v in adapter(run).items())
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), run / "adapter")
-    merged = AutoModelForCausalLM.from_pretrained(run / "merged")
-    assert [p.suffix for p in (run / "merged").glob("model*")] == [".safetensors"]
+def test_checkpointing_and_merging(stage, trained, tiny, tmp_path):
+    shutil.copy(trained / "prototypes.safetensors", tmp_path)
+    assert stage("03", "--run", tmp_path, *TRAINED, "--checkpointing", "--merge") == 0
+    assert all(torch.allclose(adapter(trained)[k], v, atol=1e-5) for k, v in adapter(tmp_path).items())
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert [p.suffix for p in (tmp_path / "merged").glob("model*")] == [".safetensors"]
     ids = torch.arange(5, 30)[None]
     assert torch.allclose(tuned(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+def test_layers_spread_over_devices(stage, trained, tiny, tmp_path):
+    shutil.copy(trained / "mined.jsonl", tmp_path)
+    assert stage("02", "--run", tmp_path, "--model", tiny, "--dtype", "float32", "--device", "auto") == 0
+    assert torch.equal(load_file(tmp_path / "prototypes.safetensors")["nll"], load_file(trained / "prototypes.safetensors")["nll"])
+    assert stage("03", "--run", tmp_path, *TRAINED, "--device", "auto") == 0
+    assert all(torch.equal(adapter(trained)[k], v) for k, v in adapter(tmp_path).items())
+
+
+def test_a_base_with_dropout(stage, tiny, tmp_path):
+    """None in training: else the passes of a step would see different models, and a resumed run other draws."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(12)])
+    assert stage("02", "--run", tmp_path, "--model", tmp_path / "model", "--dtype", "float32") == 0
+    for out, more in (("a", []), ("b", ["--budget", 50]), ("c", ["--checkpointing"])):
+        assert stage("03", "--run", tmp_path, "--out", tmp_path / out / "adapter", *OPTIONS, *more) == 0
+        assert all(torch.allclose(v, adapter(tmp_path / "a")[k], atol=1e-4) for k, v in adapter(tmp_path / out).items())
 
 
 def test_four_bits(stage, tiny, tmp_path, capsys):
@@ -149,8 +244,6 @@ def test_four_bits(stage, tiny, tmp_path, capsys):
     assert all(v.abs().max() > 1e-4 for k, v in got.items() if "lora_B" in k)
     rows = [r for r in lines(tmp_path / "metrics.jsonl") if r["split"] == "validation"]
     assert rows[-1]["cp"] < rows[0]["cp"]
-    from safetensors import safe_open
-    from safetensors.torch import save_file
     store = load_file(tmp_path / "prototypes.safetensors")
     with safe_open(tmp_path / "prototypes.safetensors", "pt") as f:
         meta = f.metadata()
