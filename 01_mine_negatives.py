@@ -104,6 +104,7 @@ def options() -> argparse.Namespace:
     g.add_argument("--clean", type=int, default=5, help="paraphrase candidates a seed and round (paper: 20; default: %(default)s)")
     g.add_argument("--rounds", type=int, default=6, help="at most, for a seed that lacks positives or negatives (ours; default: %(default)s)")
     g.add_argument("--temperature", type=float, default=0.7, help="of the first round, 0.05 more in each; above 1 few candidates keep the meaning (ours; default: %(default)s)")
+    g.add_argument("--push", type=float, default=2.0, help="added to the logits of words that the judge finds toxic, of a local generator's negatives (ours; default: %(default)s)")
     g.add_argument("--batch-size", type=int, default=192, help="rows generated at once, locally (default: %(default)s)")
     g.add_argument("--concurrency", type=int, default=16, help="requests at once, to a server (default: %(default)s)")
     g.add_argument("--timeout", type=float, default=120, help="seconds a request may take (default: %(default)s)")
@@ -228,12 +229,16 @@ class LocalGenerator:
     """Samples lines from a local LM. The beginning that all prompts share is computed and held once; a prompt is
     computed once for all its samples; a row leaves at its newline and waiting prompts take its place."""
 
-    def __init__(self, model, tokenizer, args: argparse.Namespace):
+    def __init__(self, model, tokenizer, judge, args: argparse.Namespace):
         self.model, self.tokenizer, self.args, self.shared = model, tokenizer, args, {}
         self.plain = model.config._attn_implementation
         newlines = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
         self.stop = torch.zeros(model.get_output_embeddings().out_features, dtype=torch.bool, device=model.device)
         self.stop[newlines + [tokenizer.eos_token_id]] = True
+        words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        words = [(i, w.strip()) for i, w in enumerate(words) if re.fullmatch(" [a-z]{3,}", w)]
+        self.rude = torch.zeros(len(self.stop), device=model.device)  # (V,) words that the judge alone finds toxic
+        self.rude[[i for i, _ in words]] = torch.tensor(np.asarray(judge([w for _, w in words])) >= 0.75).to(self.rude)
         self.tokens, self.kept, self.prefilled, self.prompted, self.seconds = 0, 0, 0, 0, 0.0
         AttentionInterface.register("shared_prefix", self.attention)
 
@@ -259,8 +264,9 @@ class LocalGenerator:
                           use_cache=True, logits_to_keep=1).logits[:, -1]
 
     @torch.inference_mode()
-    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float) -> list[list[str]]:
-        """`count` lines for each prompt; one that doesn't end within its limit of tokens is empty."""
+    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, rude: float = 0.0) -> list[list[str]]:
+        """`count` lines for each prompt; one that doesn't end within its limit of tokens is empty. rude: added to the logits of
+        words that the judge finds toxic, so that negatives have all its words and not only those of our mild examples."""
         start, device = time.perf_counter(), self.model.device
         if self.args.prompt == "paper" and self.tokenizer.chat_template:
             prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True) for x in prompts]
@@ -277,7 +283,7 @@ class LocalGenerator:
             if queue and len(rows) <= self.args.batch_size // 2:  # fill the freed slots
                 new = [queue.pop() for _ in range(min(len(queue), max((self.args.batch_size - len(rows)) // count, 1)))]
                 rows, cache, valid, logits = self.join(rows, cache, valid, logits, [ids[i][K:] for i in new], [i * count + j for i in new for j in range(count)], count, K)
-            top, index = (logits.float() / temperature).topk(50)
+            top, index = ((logits.float() + rude * self.rude) / temperature).topk(50)
             token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
             ended, keep = self.stop[token[:, 0]].tolist(), []
             for b, (r, t) in enumerate(zip(rows, token[:, 0].tolist())):
@@ -357,7 +363,7 @@ class ServerGenerator:
             answer = self.ask(lambda: self.client.completions.create(prompt=prompt, stop=["\n"], **how).choices[0].text + "")
         return answer.strip().split("\n")[0].strip().strip('"')
 
-    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float) -> list[list[str]]:
+    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, rude: float = 0.0) -> list[list[str]]:
         start = time.perf_counter()
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             jobs = [pool.submit(self.one, p, n, temperature) for p, n in zip(prompts, limits) for _ in range(count)]
@@ -463,7 +469,7 @@ def mine_chunk(chunk: list[dict], generate, scorer: tuple, args: argparse.Namesp
                 continue
             texts = [chunk[i]["text"] for i in lacking]
             made = generate(make_prompts(kind, texts, turn, args), [int(min(args.length, 2) * len(t) / 3) + 8 for t in texts],
-                            count, args.temperature + 0.05 * turn)
+                            count, args.temperature + 0.05 * turn, args.push * (kind == "negative"))
             pairs = [(i, t) for i, texts in zip(lacking, made) for t in texts if t]
             for (i, _), c in zip(pairs, score([t for _, t in pairs], [chunk[i]["text"] for i, _ in pairs], *scorer) if pairs else []):
                 pools[i][kind].append(c)
@@ -533,7 +539,7 @@ def mine(args: argparse.Namespace, done: int, total: int) -> str:
     if re.match("https?://", args.generator):
         generate = ServerGenerator(args.generator, args)
     else:
-        generate = LocalGenerator(*(target if args.generator == args.model else load_lm(args.generator, args)), args)
+        generate = LocalGenerator(*(target if args.generator == args.model else load_lm(args.generator, args)), scorer[-1], args)
     seeds = read_seeds(args)
     with tqdm(total=total, initial=done, unit="seed", desc="mining") as bar:
         for first in range(0, total, args.chunk):

@@ -42,7 +42,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="default: RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM: path or hub id (default: %(default)s)")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="which anchors to make (paper: none; default: all)")
-    p.add_argument("--toxic-contexts", type=int, default=2, help="toxic anchors a mined line, at most (ours; default: %(default)s)")
+    p.add_argument("--toxic-contexts", type=int, default=5, help="toxic anchors a mined line, at most (ours; default: %(default)s)")
+    p.add_argument("--close", type=float, default=0.65, help="least similarity to its seed of a positive, if any has it, and of a toxic context (ours; default: %(default)s)")
     p.add_argument("--prompt", default="Sentence: {}\nParaphrase:", help="context of seed and toxic anchors; stage 04 rewrites with it (ours)")
     p.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="auto: layers spread over all devices (default: %(default)s)")
@@ -87,15 +88,16 @@ def read_mined(paths: list[Path]) -> list[dict]:
 
 def make_anchors(line: dict, args: argparse.Namespace) -> list[tuple[str, str, list[str], list[str]]]:
     """(context kind, context sentence, positives, negatives) of each anchor of a mined line."""
-    clean, toxic = ([c["text"] for c in line[k]] for k in ("positives", "negatives"))
+    near = lambda some: [c["text"] for c in some if c.get("similarity", 1) >= args.close]  # noqa: E731
+    clean, toxic = near(line["positives"]) or [line["positives"][0]["text"]], [c["text"] for c in line["negatives"]]
     anchors = []
     if "none" in args.context:
         anchors.append(("none", "", clean, toxic))
     if "seed" in args.context:
         anchors.append(("seed", line["text"], clean, toxic))
     if "toxic" in args.context:
-        closest = sorted(line["negatives"], key=lambda c: -c["similarity"])[:args.toxic_contexts]
-        anchors += [("toxic", c["text"], [line["text"], *clean], toxic) for c in closest]
+        closest = near(sorted(line["negatives"], key=lambda c: -c["similarity"]))[:args.toxic_contexts]
+        anchors += [("toxic", c, [line["text"], *clean], [c, *(x for x in toxic if x != c)]) for c in closest]  # the first of each: always drawn
     return anchors
 
 

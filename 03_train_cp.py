@@ -70,14 +70,15 @@ def options() -> argparse.Namespace:
     g.add_argument("--phi", choices=["nll", "perplexity"], default="nll", help="paper's text: perplexity; official code: nll (default: %(default)s)")
     g.add_argument("--distance", choices=["absolute", "signed"], default="signed", help="paper: absolute (default: %(default)s)")
     g.add_argument("--prototype", choices=["batch", "base"], default="batch", help="mean phi of the drawn positives (paper), or the base model's (default: %(default)s)")
-    g.add_argument("--alpha", type=float, default=2.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
+    g.add_argument("--alpha", type=float, default=4.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
     g.add_argument("--tau", type=float, default=1.0, help="temperature; small: only the nearest negatives count (ours; default: %(default)s)")
-    g.add_argument("--hold", type=float, default=1.0, help="weight of the positives' mean nll beside -log J; 0: they drift away (ours; default: %(default)s)")
+    g.add_argument("--hold", type=float, default=1.0, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
+    g.add_argument("--only", choices=["positives", "negatives"], help="the paper's ablations: the level of positives alone, or their phi fixed in J; the first copies, the second garbles")
     g.add_argument("--positives", type=int, default=2, help="|P| drawn a step (paper: 1 to 5; default: %(default)s)")
-    g.add_argument("--negatives", type=int, default=4, help="|N| drawn a step (paper: 5 to 8; default: %(default)s)")
+    g.add_argument("--negatives", type=int, default=2, help="|N| drawn a step (paper: 5 to 8; default: %(default)s)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=80, help="default: %(default)s; the paper preset: one epoch")
-    g.add_argument("--anchors", type=int, default=4, help="anchors a step (paper: 2 x 3; default: %(default)s)")
+    g.add_argument("--anchors", type=int, default=7, help="anchors a step (paper: 2 x 3; default: %(default)s)")
     g.add_argument("--lr", type=float, default=3e-4, help="paper: 2.2e-5; above 5e-4 a small model garbles (default: %(default)s)")
     g.add_argument("--warmup", type=int, default=8, help="steps to the full learning rate, then linear to 0 (default: %(default)s)")
     g.add_argument("--clip", type=float, default=1.0, help="gradient norm at most (default: %(default)s)")
@@ -163,7 +164,10 @@ def draw(store: dict, anchors: torch.Tensor, args: argparse.Namespace, generator
         mine = (store["anchor"] == a).nonzero().flatten()
         for flag, n in ((True, args.positives), (False, args.negatives)):
             pool = mine[store["is_positive"][mine] == flag]
-            chosen.append(pool if generator is None else pool[torch.randperm(len(pool), generator=generator)[:n]])
+            if generator is not None:  # after a toxic sentence always its seed, to come near, and itself, to get away from
+                fixed = int(store["context"][a] == 2)
+                pool = torch.cat([pool[:fixed], pool[fixed:][torch.randperm(len(pool) - fixed, generator=generator)]])[:n]
+            chosen.append(pool)
     return torch.cat(chosen)
 
 
@@ -186,20 +190,25 @@ def phi(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace) -> t
 
 
 def objective(nll: torch.Tensor, store: dict, chosen: torch.Tensor, args: argparse.Namespace, total: tuple[int, int] | None = None):
-    """Mean of -log J over the chosen sequences' anchors, plus the held level of positives; and statistics.
+    """Mean of -log J over the chosen sequences' anchors, plus the positives' held level: |phi - the base's|, or after a toxic
+    sentence phi itself, since there the base's is no aim; and statistics.
     total: anchors and positives to divide by, where these are only a part of the step's."""
     anchors, anchor = store["anchor"][chosen].unique(return_inverse=True)
     positive = store["is_positive"][chosen].bool().to(nll.device)
     base = store["prototype"][anchors].to(nll.device)  # (A,)
     if args.phi == "perplexity":
         base = base.exp()
+    before = store["nll"][chosen].to(nll.device)
+    if args.only == "negatives":  # the paper's ablation: J with the positives as the base has them
+        nll = torch.where(positive, before, nll)
     loss, stats = cp_loss(nll, positive, anchor.to(nll.device), base if args.prototype == "base" else None,
                           alpha=args.alpha, tau=args.tau, phi=args.phi, distance=args.distance)
-    stats["drift"] = (nll.detach() - store["nll"][chosen].to(nll.device))[positive].mean()  # nats, from the base
+    stats["drift"] = (nll.detach() - before)[positive].mean()  # nats, from the base
     stats["prototype_drift"] = stats["prototype"] - base.mean()
     stats["cp"] = loss.detach().mean()  # -log J alone
     A, P = total or (len(loss), int(positive.sum()))
-    return loss.sum() / A + args.hold * nll[positive].sum() / P, stats
+    level = (nll - before * (store["context"][anchors] < 2)[anchor].to(nll.device)).abs()
+    return loss.sum() / A * (args.only != "positives") + args.hold * level[positive].sum() / P, stats
 
 
 def backward(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace, total: tuple[int, int]):

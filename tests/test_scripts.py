@@ -40,7 +40,7 @@ def test_prototypes_hold_what_the_model_says(trained, tiny):
         mine = (store["anchor"] == a) & store["is_positive"].bool()
         assert torch.isclose(store["nll"][mine].mean(), store["prototype"][a])
     kinds = torch.bincount(store["context"])
-    assert kinds.tolist() == [12, 12, 24]
+    assert kinds.tolist() == [12, 12, 36]
 
 
 @pytest.mark.parametrize("content, words", [

@@ -61,6 +61,32 @@ def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, monkeypatch, 
         assert math.isclose(loss, other, rel_tol=1e-5) and (parts - whole).norm() / whole.norm() < 1e-4
 
 
+@pytest.mark.parametrize("only", [None, "positives", "negatives"])
+def test_the_objective_by_hand(stage, trained, monkeypatch, only):
+    """-log J (signed, alpha 4) and the positives' level: |phi - the base's|, or phi itself after a toxic sentence."""
+    stage("03", "--preset", "none")
+    module = stage.modules["03"]
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--hold", "0.7", *(["--only", only] if only else [])])
+    args = module.options()
+    store, _ = module.read_store(args.prototypes)
+    chosen = module.draw(store, torch.arange(0, 9), args, torch.Generator().manual_seed(0))
+    nll = store["nll"].double()[chosen] + torch.rand(len(chosen), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    J, level = [], []
+    for a in range(9):
+        mine = [i for i in range(len(chosen)) if store["anchor"][chosen[i]] == a]
+        pos, neg = ([i for i in mine if bool(store["is_positive"][chosen[i]]) == flag] for flag in (True, False))
+        phi = {i: float(store["nll"][chosen[i]]) if only == "negatives" and i in pos else float(nll[i]) for i in mine}
+        c = sum(phi[i] for i in pos) / len(pos)
+        s_pos, s_neg = sum(math.exp(-abs(phi[i] - c)) for i in pos), sum(math.exp(-(phi[i] - c)) for i in neg)
+        J.append(-math.log(s_pos / (s_pos + 4 * s_neg)))
+        level += [phi[i] if store["context"][a] == 2 else abs(phi[i] - float(store["nll"][chosen[i]])) for i in pos]
+        if store["context"][a] == 2:  # the seed, and the toxic sentence in the context, are always drawn
+            first = [int((store["anchor"] == a).nonzero()[0]), int(((store["anchor"] == a) & (store["is_positive"] == 0)).nonzero()[0])]
+            assert set(first) <= set(chosen.tolist())
+    want = (sum(J) / len(J) if only != "positives" else 0) + 0.7 * sum(level) / len(level)
+    assert float(module.objective(nll, store, chosen, args)[0]) == pytest.approx(want, rel=1e-6)
+
+
 def test_two_processes_follow_one(fresh):
     """Plain, and with the layers' weights shared out: 3 anchors on 2 processes are uneven, in rows, passes and parts too."""
     run, command = fresh
