@@ -14,6 +14,7 @@ writes  runs/default/adapter/   PEFT adapter (safetensors), run.json (options, v
     python 03_train_cp.py                        # 4 minutes on 2 CPU cores
     python 03_train_cp.py --preset paper         # the paper's objective and settings
     torchrun --nproc-per-node 8 -- 03_train_cp.py  # anchors spread over processes, the same trajectory
+    torchrun --nproc-per-node 8 -- 03_train_cp.py --shard  # for a base that one device can't hold
     python 03_train_cp.py --steps 2 --anchors 2  # a tiny run
 """
 import argparse

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from cp_loss import model_nll
 
@@ -231,9 +232,14 @@ def test_the_best_state_is_kept(stage, fresh):
     assert all(torch.equal(best["adapter"][k], v) for k, v in adapter(run).items())
 
 
-def test_checkpointing_and_merging(stage, trained, tiny, tmp_path):
+def test_checkpointing_and_merging(stage, trained, tiny, tmp_path, monkeypatch):
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
+    passes, layer = [], LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda *a, **k: passes.append(torch.is_grad_enabled()) or layer(*a, **k))
+    assert stage("03", "--run", tmp_path, "--out", tmp_path / "plain/adapter", *TRAINED) == 0
+    plain, passes[:] = sum(passes), []
     assert stage("03", "--run", tmp_path, *TRAINED, "--checkpointing", "--merge") == 0
+    assert sum(passes) == 2 * plain  # each layer once more, in the backward pass
     assert all(torch.allclose(adapter(trained)[k], v, atol=1e-5) for k, v in adapter(tmp_path).items())
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
