@@ -257,7 +257,7 @@ class LocalGenerator:
 
     def forward(self, ids: torch.Tensor, valid: torch.Tensor, cache: DynamicCache, past: int) -> torch.Tensor:
         """Last position's logits (B, V) of ids (B, Q), where valid (B, T) marks the tokens in the cache and ids."""
-        (B, Q), T = ids.shape, valid.shape[1]
+        Q, T = ids.shape[1], valid.shape[1]
         causal = torch.ones(Q, T, dtype=torch.bool, device=ids.device).tril(T - Q)
         position = (past + valid.cumsum(1)[:, -Q:] - 1).clamp(min=0)
         return self.model(ids, attention_mask=valid[:, None, None] & causal, position_ids=position, past_key_values=cache,

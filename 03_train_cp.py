@@ -2,7 +2,7 @@
 """Stage 03: LoRA fine-tuning with prototype contrastive perplexity (paper, section 3 and equation 3).
 
 Every step takes whole anchors and draws |P| positives and |N| negatives of each afresh. Sequences are packed
-into rows without padding; no (tokens x vocabulary) tensor is made. phi is one number a sequence, so a step whose
+into rows without padding; no (tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one number a sequence, so a step whose
 tokens exceed --budget takes two passes: phi of all without a graph, d loss / d phi, then the backward pass a few
 sequences at a time. Exact, for one forward pass more.
 
@@ -34,6 +34,7 @@ from pathlib import Path
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it warns at once of what we don't use
 import peft
 import torch
+import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, reduce
@@ -51,7 +52,7 @@ FORMAT = "cp-prototypes-1"
 PRESETS = {  # the paper's: one epoch, batch 2 x accumulation 3, on a 4-bit base (here: the base as loaded)
     "default": {},
     "paper": {"context": ["none"], "phi": "perplexity", "distance": "absolute", "prototype": "batch", "alpha": 1.0, "tau": 1.0,
-              "hold": 0.0, "lr": 2.2e-5, "anchors": 6, "positives": 3, "negatives": 5, "steps": None},
+              "hold": 0.0, "utility": 0.0, "lr": 2.2e-5, "anchors": 6, "positives": 3, "negatives": 5, "steps": None},
 }
 FREE = ("preset", "run", "prototypes", "out", "merge", "track", "max_tokens", "budget", "checkpointing", "shard", "device")  # may change from a start to the next
 STATS = ("cp", "phi_pos", "phi_neg", "gap", "prototype", "ranking", "drift", "prototype_drift")
@@ -71,9 +72,10 @@ def options() -> argparse.Namespace:
     g.add_argument("--phi", choices=["nll", "perplexity"], default="nll", help="paper's text: perplexity; official code: nll (default: %(default)s)")
     g.add_argument("--distance", choices=["absolute", "signed"], default="signed", help="paper: absolute (default: %(default)s)")
     g.add_argument("--prototype", choices=["batch", "base"], default="batch", help="mean phi of the drawn positives (paper), or the base model's (default: %(default)s)")
-    g.add_argument("--alpha", type=float, default=4.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
+    g.add_argument("--alpha", type=float, default=8.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
     g.add_argument("--tau", type=float, default=1.0, help="temperature; small: only the nearest negatives count (ours; default: %(default)s)")
     g.add_argument("--hold", type=float, default=1.0, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
+    g.add_argument("--utility", type=float, default=1.0, help="weight of the KL divergence from the base on neutral text; 0: wiki perplexity rises (ours; default: %(default)s)")
     g.add_argument("--only", choices=["positives", "negatives"], help="the paper's ablations: the level of positives alone, or their phi fixed in J; the first copies, the second garbles")
     g.add_argument("--positives", type=int, default=2, help="|P| drawn a step (paper: 1 to 5; default: %(default)s)")
     g.add_argument("--negatives", type=int, default=2, help="|N| drawn a step (paper: 5 to 8; default: %(default)s)")
@@ -243,12 +245,30 @@ def own(store: dict, chosen: torch.Tensor, rank: int) -> torch.Tensor:
     return chosen[torch.isin(store["anchor"][chosen], anchors[rank::PartialState().num_processes])]
 
 
+def utility_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
+    """Accumulates the gradient of --utility x KL(base || tuned) of next tokens, on runs of three of the step's neutral sentences."""
+    runs, total = chosen[store["is_positive"][chosen].bool()][:6].split(3), torch.zeros((), device=model.device)
+    for k, some in enumerate(runs):
+        mine = k % PartialState().num_processes == PartialState().process_index
+        if mine or args.shard:
+            parts = [store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]] for i in some.tolist()]
+            ids = torch.cat([store["input_ids"][:1], *parts]).long()[None].to(model.device)  # (1, T), about 60 tokens after a BOS
+            with torch.no_grad(), model.disable_adapter():
+                base = model(ids).logits[0].float().log_softmax(-1)  # (T, V)
+            loss = mine * args.utility / len(runs) * F.kl_div(model(ids).logits[0].float().log_softmax(-1), base, reduction="none", log_target=True).sum(1).mean()
+            loss.backward()
+            total += loss.detach()
+    return total
+
+
 def train_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace, stopped: list):
     """Gradients, loss and statistics of a step, and whether any process was told to stop, all summed over processes."""
     mine, anchors = own(store, chosen, PartialState().process_index), len(store["anchor"][chosen].unique())
     loss, stats = torch.zeros((), device=model.device), {}
     if len(mine) or args.shard:
         loss, stats = backward(model, store, mine, args, (anchors, int(store["is_positive"][chosen].sum())))
+    if args.utility:
+        loss = loss + utility_step(model, store, chosen, args)
     if PartialState().num_processes == 1:
         return loss, stats, bool(stopped)
     weight, trained = len(store["anchor"][mine].unique()) / anchors, [w for w in model.parameters() if w.requires_grad]

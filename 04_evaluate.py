@@ -625,7 +625,7 @@ def load(args: argparse.Namespace):
     model, what = None, f"{args.adapter[0][1]} on {args.model}"
     try:
         with safe_open(args.prototypes, "pt") as f:
-            meta, store = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+            meta, store = dict(sorted((f.metadata() or {}).items())), {k: f.get_tensor(k) for k in f.keys()}
         if meta.get("format") != "cp-prototypes-1":
             fail(f"{args.prototypes}: format {meta.get('format')!r} is not known here: run 02_build_prototypes.py again")
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, padding_side="left")
@@ -644,7 +644,8 @@ def load(args: argparse.Namespace):
         made = json.loads((path / "run.json").read_text())
         if made["prototypes"]["model_sha256"] != meta["model_sha256"]:
             fail(f"{path}: trained on another model than {args.prototypes} was made with: name the files of one run")
-        held &= set(made["held_out"])
+        if made["prototypes"]["mined_sha256"] == meta["mined_sha256"]:  # of other data it has seen none of these
+            held &= set(made["held_out"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer, store, meta, torch.isin(store["seed"], torch.tensor(sorted(held), dtype=torch.long)).nonzero().flatten()
 
@@ -710,7 +711,7 @@ def main() -> None:
             for protocol, cs in cases.items():
                 stamp = sha(meta["model_sha256"], weights_file, protocol, cs, args.k, args.seed, args.batch_size)
                 rows += run_protocol(protocol, cs, stamp, system, model, tokenizer, kept, file, args)
-            stamp = sha("measures", sorted(meta.items()), weights_file, held.tolist(), wiki, cases["benign"], args.tasks, args.items)
+            stamp = sha("measures", meta, weights_file, held.tolist(), wiki, cases["benign"], args.tasks, args.items)
             if stamp not in measures and args.rescore:
                 fail(f"{measured}: lacks {system}'s with these options: run without --rescore first")
             if stamp not in measures:

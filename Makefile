@@ -63,7 +63,7 @@ for name, (count, texts) in pools.items():
     rows += [{"id": f"{name}-{i:04d}", "group": None, "text": t} for i, t in enumerate(rng.sample(texts, count))]
 rng.shuffle(rows)
 with open("data/seeds.tmp", "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(r) + "\n" for r in rows)
+    f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 11 chunks of stage 01; 280 take half as long again
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
 # What stage 04's second judge learns from; it leaves out its own prompts. Reviews are as informal as web comments, and rarely toxic.

@@ -44,7 +44,7 @@ def speed(args) -> None:
     model, tokenizer = mining.load_lm(options.model, options)
     texts = [s["text"] for s in mining.read_seeds(options)]
     prompts, limits = mining.make_prompts("negative", texts, 0, options), [int(1.6 * len(t) / 3) + 8 for t in texts]
-    ours = mining.LocalGenerator(model, tokenizer, options)
+    ours = mining.LocalGenerator(model, tokenizer, mining.predict_prob, options)
 
     def run_ours():
         before = ours.kept
@@ -71,7 +71,7 @@ def memory_at(n: int) -> None:
         def __init__(self, *_):
             self.n = 0
 
-        def __call__(self, prompts, limits, count, temperature):
+        def __call__(self, prompts, limits, count, temperature, rude=0.0):
             self.n += 1
             return [[f"the cat number {self.n} of {i} sat on mat {j}" for j in range(count)] for i in range(len(prompts))]
 

@@ -1,5 +1,4 @@
 """cp_loss.py against literal float64 loops over the equations, and against the models' own logits."""
-import math
 import shutil
 import subprocess
 import sys

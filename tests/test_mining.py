@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3, "--rude", 2, "--clean", 2, "--rounds", 2, "--chunk", 4, "--dtype", "float32"]
 SEEDS = [{"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)]
@@ -136,7 +136,7 @@ def test_local_generation_is_the_models_own(mining, options, tiny, batch):
     args = options("--model", REAL, "--dtype", "float32", "--batch-size", batch)
     model, tokenizer = mining.load_lm(args.model, args)
     prompts = mining.make_prompts("negative", [s["text"] for s in SEEDS[:4]] + ["It rained."], 0, args)
-    generate = mining.LocalGenerator(model, tokenizer, args)
+    generate = mining.LocalGenerator(model, tokenizer, mining.predict_prob, args)
     made = generate(prompts, [12, 14, 30, 30, 30], 2, 1e-4)
     for prompt, limit, got in zip(prompts, [12, 14, 30, 30, 30], made):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -146,6 +146,19 @@ def test_local_generation_is_the_models_own(mining, options, tiny, batch):
 
 
 # resuming and shards
+
+def test_rude_words_are_pushed(mining, options, tiny):
+    """The words that the judge alone finds toxic, and no others, gain what `rude` says."""
+    args = options("--model", tiny, "--dtype", "float32", "--device", "cpu")
+    model, tokenizer = mining.load_lm(str(tiny), args)
+    generate = mining.LocalGenerator(model, tokenizer, lambda words: [w in ("stupid", "lake") for w in words], args)
+    pushed = [tokenizer.decode([i]) for i in generate.rude.nonzero().flatten().tolist()]
+    assert sorted(pushed) == [" lake", " stupid"]
+    texts = [t for some in generate(["The man"], [12], 8, 0.7, 100.0) for t in some]
+    assert not any(texts) or all(set(t.split()) <= {"stupid", "lake"} for t in texts)
+    generate.stop[generate.rude > 0] = True  # they end the line: every line is one of them
+    assert all(t in ("stupid", "lake") for t in generate(["The man"], [12], 8, 0.7, 100.0)[0])
+
 
 def test_a_killed_run_ends_with_the_same_anchors(stage, tiny, tmp_path, capsys):
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)

@@ -64,7 +64,7 @@ def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, monkeypatch, 
 
 @pytest.mark.parametrize("only", [None, "positives", "negatives"])
 def test_the_objective_by_hand(stage, trained, monkeypatch, only):
-    """-log J (signed, alpha 4) and the positives' level: |phi - the base's|, or phi itself after a toxic sentence."""
+    """-log J (signed, alpha 8) and the positives' level: |phi - the base's|, or phi itself after a toxic sentence."""
     stage("03", "--preset", "none")
     module = stage.modules["03"]
     monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--hold", "0.7", *(["--only", only] if only else [])])
@@ -79,13 +79,42 @@ def test_the_objective_by_hand(stage, trained, monkeypatch, only):
         phi = {i: float(store["nll"][chosen[i]]) if only == "negatives" and i in pos else float(nll[i]) for i in mine}
         c = sum(phi[i] for i in pos) / len(pos)
         s_pos, s_neg = sum(math.exp(-abs(phi[i] - c)) for i in pos), sum(math.exp(-(phi[i] - c)) for i in neg)
-        J.append(-math.log(s_pos / (s_pos + 4 * s_neg)))
+        J.append(-math.log(s_pos / (s_pos + 8 * s_neg)))
         level += [phi[i] if store["context"][a] == 2 else abs(phi[i] - float(store["nll"][chosen[i]])) for i in pos]
         if store["context"][a] == 2:  # the seed, and the toxic sentence in the context, are always drawn
             first = [int((store["anchor"] == a).nonzero()[0]), int(((store["anchor"] == a) & (store["is_positive"] == 0)).nonzero()[0])]
             assert set(first) <= set(chosen.tolist())
     want = (sum(J) / len(J) if only != "positives" else 0) + 0.7 * sum(level) / len(level)
     assert float(module.objective(nll, store, chosen, args)[0]) == pytest.approx(want, rel=1e-6)
+
+
+def test_utility_is_the_divergence_from_the_base(stage, trained, tiny, monkeypatch):
+    """Its value and gradient against a literal loop over tokens; 0 where the adapter does nothing yet."""
+    stage("03", "--preset", "none")
+    module = stage.modules["03"]
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--utility", "0.7"])
+    args = module.options()
+    store, _ = module.read_store(args.prototypes)
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    chosen = module.draw(store, torch.arange(0, 4), args, torch.Generator().manual_seed(0))
+    assert module.utility_step(model, store, chosen, args).item() == pytest.approx(0, abs=1e-6)
+    weights = [w for w in model.parameters() if w.requires_grad]
+    for w in weights:
+        torch.nn.init.normal_(w, std=0.1)
+    model.zero_grad()
+    got = module.utility_step(model, store, chosen, args)
+    neutral = [i for i in chosen.tolist() if store["is_positive"][i]][:6]
+    want = 0
+    for some in (neutral[:3], neutral[3:]):
+        ids = [int(store["input_ids"][0])] + [int(t) for i in some for t in store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]]]
+        with torch.no_grad(), model.disable_adapter():
+            base = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+        tuned = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+        want = want + 0.7 / 2 * sum((b * (b.log() - q.log())).sum() for b, q in zip(base, tuned)) / len(ids)
+    assert got.item() == pytest.approx(want.item(), rel=1e-3) and got > 1e-4
+    grads = torch.autograd.grad(want, weights)
+    assert all((w.grad - g).norm() <= 1e-3 * g.norm() + 1e-7 for w, g in zip(weights, grads))
 
 
 def test_two_processes_follow_one(fresh):
