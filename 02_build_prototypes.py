@@ -13,7 +13,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         anchor (S,), is_positive (S,), nll (S,), prototype (A,), seed (A,) the mined line, context (A,) 0/1/2;
         metadata: format, model, model_sha256, tokenizer_sha256, phi, prompt, contexts, dtype, mined_sha256
 
-    python 02_build_prototypes.py                   # 1 to 2 minutes on 2 CPU cores
+    python 02_build_prototypes.py                   # 5 minutes on 2 CPU cores
     python 02_build_prototypes.py --context none    # the paper's anchors
 """
 import argparse
