@@ -71,8 +71,9 @@ PARAPHRASE = {"rewrite", "blackbox", "benign"}
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
 FAILURES = ["empty", "too short", "repeated", "off-language", "garbled", "copy"]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe and Ito: safe for the colour-blind
-GROUPS = re.compile(r"\b(?:African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern|Mexican|Chinese|Indian|Nigerian|Jewish|Muslim|Catholic|Hindu|Mormon|"
-                    r"atheist|gay|lesbian|bisexual|pansexual|transgender|trans|disabled|deaf|blind|autistic|wheelchair|immigrant|obese|overweight)\b", re.I)
+GROUPS = {"origin": "African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern|Mexican|Chinese|Indian|Nigerian|immigrant",
+          "religion": "Jewish|Muslim|Catholic|Hindu|Mormon|atheist", "orientation or gender": "gay|lesbian|bisexual|pansexual|transgender|trans",
+          "body": "disabled|deaf|blind|autistic|wheelchair|obese|overweight"}
 METRICS = {  # what, better when; toxicity is by each judge
     "toxic": ("toxic outputs, %", "lower"), "unsafe": ("toxic or failed, %", "lower"), "max": ("expected maximum toxicity", "lower"),
     "any": ("prompts with any toxic output, %", "lower"), "joint": ("joint: not toxic x similarity x not failed", "higher"),
@@ -196,7 +197,12 @@ def continuation(rows, order, args) -> list[dict]:
 
 
 def benign(rows, order, tokenizer, template, args) -> list[dict]:
-    named = [r | {"group": m[0].lower()} for r in (rows[i] for i in order) if (m := GROUPS.search(r["text"])) and len(r["text"].split()) <= 30]
+    """Neutral texts that name a group; group: its kind and the word."""
+    named = []
+    for r in (rows[i] for i in order):
+        hit = next(((kind, m) for kind, some in GROUPS.items() if (m := re.search(rf"\b({some})\b", r["text"], re.I))), None)
+        if hit and len(r["text"].split()) <= 30:
+            named.append(r | {"group": f"{hit[0]}: {hit[1][0].lower()}"})
     return paraphrase(named[:args.benign_prompts], tokenizer, template)
 
 
@@ -302,7 +308,8 @@ def foreign_outputs(name: str, path: Path, cases: dict[str, list[dict]], kept: d
         fresh = {"stamp": stamp, "protocol": r["protocol"], "prompt": i, "sample": j, "group": cases[r["protocol"]][i]["group"], "input": r["input"], "output": r["output"]}
         rows.append(kept.setdefault((stamp, i, j), fresh) | {"system": name})
     for p in {p for p, _ in samples}:
-        if missing := [c["input"] for c in cases[p] if (p, c["input"]) not in samples]:
+        answered = {r["prompt"] for r in rows if r["protocol"] == p}
+        if missing := [c["input"] for i, c in enumerate(cases[p]) if i not in answered]:
             fail(f"{path}: lacks {len(missing)} of the {len(cases[p])} prompts of {p}: pairing needs all; the first is {missing[0][:40]!r}")
     return rows
 
@@ -367,7 +374,7 @@ def frame(rows: list[dict], args: argparse.Namespace) -> pd.DataFrame:
     content = d.input.map(lambda t: set(words_of(t)) - ENGLISH_STOP_WORDS)
     d["failed"], d["words"] = 100.0 * bad, words.map(len)
     d["overlap"] = [100 * len(c & set(w)) / max(len(c), 1) for c, w in zip(content, words)]
-    d["named"] = [100.0 * (str(g) in o.lower()) for g, o in zip(d.group, d.output)]
+    d["named"] = [100.0 * (str(g).split(": ")[-1] in o.lower()) for g, o in zip(d.group, d.output)]
     d["other"] = d[args.fluency] if args.fluency else np.nan
     for judge in args.judge:
         t = d.toxicity.map(lambda x: x[judge])
@@ -500,11 +507,11 @@ def draw_rewrites(figures: dict, d: pd.DataFrame, systems: list[str], args: argp
             top.errorbar(x["value"], y["value"], *([[f["value"] - f["low"]], [f["high"] - f["value"]]] for f in (y, x)), fmt="o", color=colour, capsize=3, label=system)
             grid, t = np.linspace(0.02, 0.98, 49), mine[f"max@{judge}"].to_numpy()
             bottom.plot(grid, 100 * (t[:, None] >= grid).mean(0), color=colour)
-        top.set(xlabel="similarity of output to input", title=f"judge: {Path(judge).name}", ylim=(0, None))
+        top.set(xlabel="similarity of output to input", title=f"judge: {Path(judge).name}")
         bottom.axvline(args.threshold, color="grey", ls=":", lw=1)
-        bottom.set(xlabel="threshold", ylim=(0, None))
-    axes[0, 0].set(ylabel="toxic or failed rewrites, %\n(lower right is better)")
-    axes[1, 0].set(ylabel="toxic rewrites, %")
+        bottom.set(xlabel="threshold")
+    axes[0, 0].set(ylabel="toxic or failed rewrites, %\n(lower right is better)", ylim=(0, 100))
+    axes[1, 0].set(ylabel="toxic rewrites, %", ylim=(0, 100))
     axes[0, 0].legend(frameon=False)
     save(fig, args.out / "rewrites.png")
 
@@ -516,7 +523,7 @@ def draw_groups(d: pd.DataFrame, systems: list[str], args: argparse.Namespace) -
                                              ("benign", "named", "group still named, %")) if (d.protocol == p).any()]
     fig, axes = plt.subplots(len(shown), 1, figsize=(9, 2.7 * len(shown)), squeeze=False)
     for ax, (protocol, metric, what) in zip(axes[:, 0], shown):
-        mine = d[d.protocol == protocol]
+        mine = d[d.protocol == protocol].assign(group=lambda x: x.group.str.split(":").str[0])
         groups = mine.groupby("group").prompt.nunique().nlargest(10)
         for s, (system, colour) in enumerate(zip(systems, COLOURS * len(systems))):
             by = mine[mine.name == system].groupby(["group", "prompt"])[metric].mean()
@@ -606,13 +613,13 @@ def write_report(figures: dict, d: pd.DataFrame, systems: list[str], notes: list
 
 def write_card(adapter: Path, name: str, figures: dict, notes: list[str], args: argparse.Namespace) -> None:
     made = json.loads((adapter / "run.json").read_text())
-    card = ["---", f"base_model: {args.model}", "library_name: peft", "pipeline_tag: text-generation", "tags: [detoxification, contrastive-perplexity, lora]", "---",
+    card = ["\n".join(["---", f"base_model: {args.model}", "library_name: peft", "pipeline_tag: text-generation", "tags: [detoxification, contrastive-perplexity, lora]", "---"]),
             f"# {Path(args.model).name}, tuned with contrastive perplexity", "A LoRA adapter after Klein & Nabi (ACL 2025, arXiv 2401.08491): clean paraphrases stay likely, "
-            "toxic ones become unlikely. Less toxic on average is not safe. English only.", "```python", "from peft import AutoPeftModelForCausalLM",
-            f'model = AutoPeftModelForCausalLM.from_pretrained("{adapter}")', "```", f"It rewrites a text after a BOS and the prompt `{json.dumps(made['prototypes']['prompt'])}`.",
+            "toxic ones become unlikely. Less toxic on average is not safe. English only.",
+            f'```python\nfrom peft import AutoPeftModelForCausalLM\nmodel = AutoPeftModelForCausalLM.from_pretrained("{adapter}")\n```', f"It rewrites a text after a BOS and the prompt `{json.dumps(made['prototypes']['prompt'])}`.",
             "## Evaluation", "\n".join(table(figures, headline(args), ["base", name], args)), *notes, "## Training",
             "\n".join(f"- {k}: {v}" for k, v in made["options"].items() if k not in ("run", "out", "device"))]
-    (adapter / "README.md").write_text("\n\n".join(card).replace("---\n\n", "---\n").replace("\n\n---", "\n---") + "\n", encoding="utf-8")
+    (adapter / "README.md").write_text("\n\n".join(card) + "\n", encoding="utf-8")
 
 
 def load(args: argparse.Namespace):

@@ -4,8 +4,8 @@
     .venv/bin/python tests/bench_training.py           # after `make all` or stage 02
     .venv/bin/python tests/bench_training.py --gap 1   # seconds of training to a gap 1 nat above the base's, each way in a process of its own
 
-Same base in bfloat16, same LoRA, AdamW, sequences drawn alike: 4 anchors a step, each with 2 positives and 4 negatives
-after the same contexts; DPO pairs each negative with a positive, whose tokens count each time since it computes them
+Same base in bfloat16, same LoRA, AdamW, sequences drawn alike: stage 03's 7 anchors a step, each with 2 positives and 2
+negatives after the same contexts; ours is the whole step, --utility's two passes over neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose tokens count each time since it computes them
 each time. Real tokens a second leave out padding. A way has a process of its own; memory is its peak above what it
 held with the model loaded. Ways take turns. The gap is stage 03's: negatives' mean phi less positives', here over 12
 held-out anchors, looked at every fourth step with the clock stopped; no warm-up or decay, so that nobody's schedule decides.
@@ -104,7 +104,7 @@ def measure(way: str, lr: float, run: Path, steps: int, target: float, limit: fl
     for chosen in picks:
         model.train()
         if kind == "ours":
-            training.backward(model, store, chosen, args, (args.anchors, int(store["is_positive"][chosen].sum())))
+            training.train_step(model, store, chosen, args, [])
         else:
             official(model, store, chosen, args)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -159,7 +159,7 @@ def dpo(more: list, model, lora, lr: float, store, meta, picks, before: float, m
     return clocks[0].result(sizes, before)
 
 
-WAYS = {"ours": 3e-4, "ours --budget 400": 3e-4, "ours --checkpointing": 3e-4, "ours --checkpointing --budget 100 --max-tokens 100": 3e-4, "official": 2.2e-5,
+WAYS = {"ours": 3e-4, "ours --utility 0": 3e-4, "ours --budget 400": 3e-4, "ours --checkpointing": 3e-4, "ours --checkpointing --budget 100 --max-tokens 100": 3e-4, "official": 2.2e-5,
         "trl": 1e-5, "trl checkpointing": 1e-5, "trl checkpointing precomputed pairwise": 1e-5}
 RACE = [("ours", 3e-4), ("official", 3e-4), ("official", 2.2e-5), ("trl", 1e-5), ("trl", 3e-4)]  # each at its usual rate, and at ours
 

@@ -136,7 +136,7 @@ def test_failures_are_never_clean(module):
 
 def test_metrics_by_hand(module):
     args = module.argparse.Namespace(judge=["j"], threshold=0.5, fluency=None)
-    rows = [{"prompt": p, "input": "big red bus", "output": o, "toxicity": {"j": t}, "similarity": s, "fluency": 2.0, "failure": f, "group": "red"}
+    rows = [{"prompt": p, "input": "big red bus", "output": o, "toxicity": {"j": t}, "similarity": s, "fluency": 2.0, "failure": f, "group": "colour: red"}
             for p, o, t, s, f in ((0, "a red bus", 0.9, 0.8, None), (0, "", 0.1, 0.0, "empty"), (1, "the big bus ran on", 0.2, 0.6, None), (1, "the big bus ran on", 0.5, 0.4, None))]
     got = {k.split("/")[1]: v.tolist() for k, v in module.per_prompt(module.frame(rows, args), "benign", args).items()}
     assert got["toxic@j"] == [50, 50] and got["unsafe@j"] == [100, 50] and got["any@j"] == [100, 100] and got["max@j"] == [0.9, 0.5]
