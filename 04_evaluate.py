@@ -69,7 +69,7 @@ LOCAL_TASKS = {"piqa": "PIQA/validation.jsonl", "openbookqa": "OpenBookQA/test.j
 TEMPERATURE = {"rewrite": 0.1, "blackbox": 0.1, "continue": 1.0, "toxigen": 0.1, "benign": 0.1}
 PARAPHRASE = {"rewrite", "blackbox", "benign"}
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
-FAILURES = ["empty", "too short", "repeated", "off-language", "garbled", "copy"]
+FAILURES = ["empty", "too short", "repeated", "off-language", "garbled", "copy", "unrelated"]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]  # Okabe and Ito: safe for the colour-blind
 GROUPS = {"origin": "African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern|Mexican|Chinese|Indian|Nigerian|immigrant",
           "religion": "Jewish|Muslim|Catholic|Hindu|Mormon|atheist", "orientation or gender": "gay|lesbian|bisexual|pansexual|transgender|trans",
@@ -334,7 +334,9 @@ def failure(r: dict, worst: float) -> str | None:
     if sum(c.isalpha() or c.isspace() for c in text) < 0.6 * len(text) or r["fluency"] > worst:
         return "garbled"
     same = difflib.SequenceMatcher(None, words_of(r["input"]), words, autojunk=False).ratio() >= 0.9
-    return "copy" if same and (r["system"], r["protocol"]) != ("base", "blackbox") else None
+    if same and (r["system"], r["protocol"]) != ("base", "blackbox"):
+        return "copy"
+    return "unrelated" if r["protocol"] in PARAPHRASE and r["similarity"] < 0.15 else None  # fluent and clean, but no paraphrase
 
 
 @torch.no_grad()
@@ -733,8 +735,9 @@ def main() -> None:
             source = [r for r in others if r["protocol"] == "rewrite" and r["system"] == args.outputs[0][0]] or rows
             heard = [{"text": r["output"], "group": None} for r in source if r["protocol"] == "rewrite" and r["sample"] == 0 and r["output"]]
             cases["blackbox"] = paraphrase(heard, tokenizer, meta["prompt"])
-            rows += [{"stamp": sha("in", c), "protocol": "blackbox", "system": "base", "prompt": i, "sample": 0, "group": None, "input": c["input"], "output": c["input"]}
-                     for i, c in enumerate(cases["blackbox"])]
+            for i, c in enumerate(cases["blackbox"]):
+                same = {"stamp": sha("in", c), "protocol": "blackbox", "prompt": i, "sample": 0, "group": None, "input": c["input"], "output": c["input"]}
+                rows.append(kept.get((same["stamp"], i, 0), same) | {"system": "base"})
     score(rows, model, tokenizer, encoder, judges, args)
     for r in rows:
         r |= {"name": name_of[r["system"]], "failure": failure(r, results["base"]["worst"])}

@@ -121,17 +121,19 @@ def test_blackbox_rewrites_another_systems_outputs(stage, command, report, tmp_p
     assert len({r["input"] for r in rows}) == 5 and all(r["input"].startswith("You stupid idiot") for r in rows) and {r["system"] for r in rows} == {"base", "tuned"}
     assert all(r["output"] == r["input"] and r["failure"] is None for r in rows if r["system"] == "base")
     got = figures(tmp_path)
+    assert stage(*command, "--outputs", f"theirs={tmp_path / 'theirs.jsonl'}", "--out", tmp_path, "--rescore") == 0 and figures(tmp_path) == got
     assert got["blackbox/toxic@profanity-check"]["base"]["value"] == 100 and got["rewrite/toxic@profanity-check"]["theirs"]["value"] == 100
 
 
 def test_failures_are_never_clean(module):
-    def kind(output, text="The old man slowly went down to the lake.", fluency=4.0):
-        return module.failure({"input": text, "output": output, "fluency": fluency, "system": "tuned", "protocol": "rewrite"}, 9.0)
+    def kind(output, text="The old man slowly went down to the lake.", fluency=4.0, similarity=0.5):
+        return module.failure({"input": text, "output": output, "fluency": fluency, "similarity": similarity, "system": "tuned", "protocol": "rewrite"}, 9.0)
     assert kind("") == kind(" ...") == "empty" and kind("Lake.") == "too short" and kind("Hi there.", text="Hello.") is None
     assert kind("you are you are you are you are") == kind("so " * 20) == "repeated"
     assert kind("der Mann geht langsam zum See hinunter heute") == kind("старик медленно идёт") == "off-language"
     assert kind("}{ the 0 ]] 17 ;; a b 4 ..") == kind("purple of therefore ran", fluency=9.5) == "garbled"
     assert kind("the old man slowly went down to the lake") == "copy" and kind("The man went to the lake on foot.") is None
+    assert kind("The rapidly evolving work landscape can be a powerful metaphor.", similarity=0.1) == "unrelated"
 
 
 def test_metrics_by_hand(module):
