@@ -77,7 +77,7 @@ REFUSAL = re.compile(r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|la
 LEFTOVER = re.compile(r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://", re.I)
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
 PRESETS = {"default": {}, "paper": {"prompt": "paper", "rude": 20, "clean": 20, "rounds": 1, "keep_positives": 15, "keep_negatives": 15, "order": "rouge",
-                                    "toxic": 0.0, "benign": 1.0, "similar": -1.0, "length": 100.0, "distinct": 1.0, "per_group": 500}}
+                                    "toxic": 0.0, "benign": 1.0, "similar": -1.0, "length": 100.0, "distinct": 1.0, "per_group": 500, "push": 0.0}}
 ROUGE = RougeScorer(["rougeL"])
 
 
@@ -232,13 +232,12 @@ class LocalGenerator:
     def __init__(self, model, tokenizer, judge, args: argparse.Namespace):
         self.model, self.tokenizer, self.args, self.shared = model, tokenizer, args, {}
         self.plain = model.config._attn_implementation
-        newlines = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+        texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         self.stop = torch.zeros(model.get_output_embeddings().out_features, dtype=torch.bool, device=model.device)
-        self.stop[newlines + [tokenizer.eos_token_id]] = True
-        words = [tokenizer.decode([i]) for i in range(len(tokenizer))]
-        words = [(i, w.strip()) for i, w in enumerate(words) if re.fullmatch(" [a-z]{3,}", w)]
+        self.stop[[i for i, t in enumerate(texts) if "\n" in t] + [tokenizer.eos_token_id]] = True
         self.rude = torch.zeros(len(self.stop), device=model.device)  # (V,) words that the judge alone finds toxic
-        self.rude[[i for i, _ in words]] = torch.tensor(np.asarray(judge([w for _, w in words])) >= 0.75).to(self.rude)
+        if args.push and (words := [i for i, t in enumerate(texts) if re.fullmatch(" [a-z]{3,}", t)]):
+            self.rude[words] = torch.tensor(np.asarray(judge([texts[i].strip() for i in words])) >= 0.75).to(self.rude)
         self.tokens, self.kept, self.prefilled, self.prompted, self.seconds = 0, 0, 0, 0, 0.0
         AttentionInterface.register("shared_prefix", self.attention)
 
