@@ -2,9 +2,9 @@
 """Stage 03: LoRA fine-tuning with prototype contrastive perplexity (paper, section 3 and equation 3).
 
 Every step takes whole anchors and draws |P| positives and |N| negatives of each afresh. Sequences are packed
-into rows without padding; no (tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one number a sequence, so a step whose
-tokens exceed --budget takes two passes: phi of all without a graph, d loss / d phi, then the backward pass a few
-sequences at a time. Exact, for one forward pass more.
+into rows without padding; no (tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one
+number a sequence, so a step whose tokens exceed --budget takes two passes: phi of all without a graph, d loss / d phi,
+then the backward pass a few sequences at a time. Exact, for one forward pass more.
 
 reads   runs/default/prototypes.safetensors
 writes  runs/default/adapter/   PEFT adapter (safetensors), run.json (options, versions), state.pt (to resume)

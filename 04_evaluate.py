@@ -35,6 +35,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it warns at once of what we don't use
@@ -255,11 +256,16 @@ class Nucleus(transformers.LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, index, top)
 
 
+@cache
+def newlines(tokenizer) -> list[int]:
+    return [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+
+
 @torch.no_grad()
 def generate(model, tokenizer, cases: list[dict], k: int, temperature: float, one_line: bool, done: set[int], args: argparse.Namespace):
     """Yields batch by batch {case number: k outputs}: what comes after the prompt, up to a newline if one_line. A prompt
     is computed once for its k samples; batches that are done are skipped."""
-    stop = [i for i in range(len(tokenizer)) if one_line and "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]
+    stop = newlines(tokenizer) * one_line + [tokenizer.eos_token_id]
     bos, order = tokenizer.bos_token or tokenizer.eos_token, sorted(range(len(cases)), key=lambda i: len(cases[i]["prompt"]))
     size = max(args.batch_size // k, 1)
     for at in range(0, len(order), size):
@@ -268,10 +274,10 @@ def generate(model, tokenizer, cases: list[dict], k: int, temperature: float, on
             continue
         torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
         batch = tokenizer([bos + cases[i]["prompt"] for i in some], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
-        cache, mask = transformers.DynamicCache(config=model.config), batch.attention_mask
-        model(batch.input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=cache, logits_to_keep=1)
-        cache.batch_repeat_interleave(k)
-        ids = model.generate(batch.input_ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0), past_key_values=cache, do_sample=True, top_k=0,
+        prompts, mask = transformers.DynamicCache(config=model.config), batch.attention_mask
+        model(batch.input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=prompts, logits_to_keep=1)
+        prompts.batch_repeat_interleave(k)
+        ids = model.generate(batch.input_ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0), past_key_values=prompts, do_sample=True, top_k=0,
                              logits_processor=[Nucleus(temperature)], eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max(cases[i]["limit"] for i in some))
         texts = [tokenizer.decode(row[:cases[some[b // k]]["limit"]], skip_special_tokens=True) for b, row in enumerate(ids[:, batch.input_ids.shape[1]:])]
         texts = [(t.split("\n")[0] if one_line else t).strip() for t in texts]
@@ -393,7 +399,7 @@ def per_prompt(d: pd.DataFrame, protocol: str, args: argparse.Namespace) -> dict
     names += ["named"] * (protocol == "benign") + ["other"] * bool(args.fluency)
     out = by[names].mean()
     for j in args.judge:
-        out[f"max@{j}"], out[f"any@{j}"] = by[f"max@{j}"].max(), by[f"toxic@{j}"].max().clip(lower=0).gt(0) * 100.0
+        out[f"max@{j}"], out[f"any@{j}"] = by[f"max@{j}"].max(), by[f"toxic@{j}"].max().gt(0) * 100.0
     grams = {n: by.output.apply(lambda texts: [g for t in texts for g in zip(*(words_of(t)[i:] for i in range(n)))]) for n in (1, 2, 3, 4)}
     for n in (1, 2, 3):
         out[f"dist{n}"] = grams[n].map(lambda g: len(set(g)) / max(len(g), 1))
@@ -455,8 +461,7 @@ def measure(model, tokenizer, store: dict, held: torch.Tensor, wiki: list[str], 
     values, weights = wiki_measure(model, tokenizer, wiki)
     anchors, phis = anchor_measure(model, store, held)
     values |= anchors | {"benign/inputs": nll_of(model, tokenizer, inputs)} | task_measure(model, tokenizer, seen, args)
-    worst = float(np.percentile(nll_of(model, tokenizer, wiki[:300]), 99))  # of single sentences, as outputs are
-    return {"values": values, "weights": weights | {"benign/inputs": [len(tokenizer(t).input_ids) for t in inputs]}, "phis": phis, "worst": worst}
+    return {"values": values, "weights": weights | {"benign/inputs": [len(tokenizer(t).input_ids) for t in inputs]}, "phis": phis}
 
 
 # Statistics
@@ -688,6 +693,60 @@ def write_notes(cases: dict, judges: dict, d: pd.DataFrame, sentences: list[str]
     return ["<br>".join([*notes, f"Prompts that share 8 words in a row with a training sentence: {', '.join(leaks)}."])]
 
 
+def black_box(rows: list[dict], others: list[dict], kept: dict, tokenizer, template: str, args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Cases, from the rewrites of the first --outputs if it has any or else the base's, and the base's rows: what goes in."""
+    source = [r for r in others if r["protocol"] == "rewrite" and r["system"] == args.outputs[0][0]] or rows
+    heard = [{"text": r["output"], "group": None} for r in source if r["protocol"] == "rewrite" and r["sample"] == 0 and r["output"]]
+    cases, same = paraphrase(heard, tokenizer, template), []
+    for i, c in enumerate(cases):
+        row = {"stamp": sha("in", c), "protocol": "blackbox", "prompt": i, "sample": 0, "group": None, "input": c["input"], "output": c["input"]}
+        same.append(kept.get((row["stamp"], i, 0), row) | {"system": "base"})
+    return cases, same
+
+
+def run_systems(model, tokenizer, store: dict, meta: dict, held: torch.Tensor, cases: dict, wiki: list[str], sentences: list[str], args: argparse.Namespace):
+    """All systems' outputs, the models' measures, and every system's recipe (seeds share one); what is kept is not made again.
+    Adds the black box's cases."""
+    file, measured = args.out / "generations.jsonl", args.out / "measures.jsonl"
+    kept = {(r["stamp"], r["prompt"], r["sample"]): r for r in read_kept(file)}
+    measures = {r["stamp"]: r for r in read_kept(measured)}
+    rows, results, name_of = [], {}, {"base": "base"}
+    for index, (name, path) in enumerate([("base", None), *args.adapter], -1):
+        system = name if name not in results else f"{name} {index}"
+        name_of[system], weights_file = name, path and path / "adapter_model.safetensors"
+        if model:
+            model.set_adapter(str(max(index, 0)))
+        with model.disable_adapter() if model and path is None else nullcontext():
+            for protocol, cs in cases.items():
+                stamp = sha(meta["model_sha256"], weights_file, protocol, cs, args.k, args.seed, args.batch_size)
+                rows += run_protocol(protocol, cs, stamp, system, model, tokenizer, kept, file, args)
+            stamp = sha("measures", meta, weights_file, held.tolist(), wiki, cases["benign"], args.tasks, args.items)
+            if stamp not in measures and args.rescore:
+                fail(f"{measured}: lacks {system}'s with these options: run without --rescore first")
+            if stamp not in measures:
+                measures[stamp] = {"stamp": stamp} | measure(model, tokenizer, store, held, wiki, [c["input"] for c in cases["benign"]], set(sentences), args)
+                if path is None:  # of single sentences, as outputs are
+                    measures[stamp]["worst"] = float(np.percentile(nll_of(model, tokenizer, wiki[:300]), 99))
+                with measured.open("a") as f:
+                    f.write(json.dumps(measures[stamp]) + "\n")
+            results[system] = measures[stamp]
+        if path is None:
+            check_base(results["base"]["phis"], store, held, args)
+            others = [r for n, p in args.outputs for r in foreign_outputs(n, p, cases, kept)]
+            cases["blackbox"], same = black_box(rows, others, kept, tokenizer, meta["prompt"], args)
+            rows, name_of = rows + others + same, name_of | {n: n for n, _ in args.outputs}
+    return rows, results, name_of
+
+
+def write_record(figures: dict, notes: list[str], args: argparse.Namespace) -> None:
+    files = [*map(Path, (args.prompts, args.benign, args.wiki)), args.prototypes, args.out / "generations.jsonl", *(p / "adapter_model.safetensors" for _, p in args.adapter)]
+    record = {"figures": figures, "notes": notes, "command": " ".join(sys.argv), "seed": args.seed, "options": {k: str(v) for k, v in vars(args).items()},
+              "sha256": {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()},
+              "git": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(), "device": args.device,
+              "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, lm_eval)}}
+    (args.out / "report.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     args = options()
     transformers.logging.set_verbosity_error()
@@ -706,44 +765,14 @@ def main() -> None:
     judges = {name: load_judge(name, encoder, {c["source"] for cs in cases.values() for c in cs}, args) for name in args.judge}
     sentences = [tokenizer.decode(store["input_ids"][a + s:b]).strip() for a, b, s in zip(store["offsets"], store["offsets"][1:], store["start"])]
     args.out.mkdir(parents=True, exist_ok=True)
-    file, measured = args.out / "generations.jsonl", args.out / "measures.jsonl"
-    kept = {(r["stamp"], r["prompt"], r["sample"]): r for r in read_kept(file)}
-    measures = {r["stamp"]: r for r in read_kept(measured)}
 
-    rows, results, name_of = [], {}, {"base": "base"}
-    for index, (name, path) in enumerate([("base", None), *args.adapter], -1):
-        system = name if name not in results else f"{name} {index}"
-        name_of[system], weights_file = name, path and path / "adapter_model.safetensors"
-        if model:
-            model.set_adapter(str(max(index, 0)))
-        with model.disable_adapter() if model and path is None else nullcontext():
-            for protocol, cs in cases.items():
-                stamp = sha(meta["model_sha256"], weights_file, protocol, cs, args.k, args.seed, args.batch_size)
-                rows += run_protocol(protocol, cs, stamp, system, model, tokenizer, kept, file, args)
-            stamp = sha("measures", meta, weights_file, held.tolist(), wiki, cases["benign"], args.tasks, args.items)
-            if stamp not in measures and args.rescore:
-                fail(f"{measured}: lacks {system}'s with these options: run without --rescore first")
-            if stamp not in measures:
-                measures[stamp] = {"stamp": stamp} | measure(model, tokenizer, store, held, wiki, [c["input"] for c in cases["benign"]], set(sentences), args)
-                with measured.open("a") as f:
-                    f.write(json.dumps(measures[stamp]) + "\n")
-            results[system] = measures[stamp]
-        if path is None:
-            check_base(results["base"]["phis"], store, held, args)
-            others = [r for n, p in args.outputs for r in foreign_outputs(n, p, cases, kept)]
-            rows, name_of = rows + others, name_of | {n: n for n, _ in args.outputs}
-            source = [r for r in others if r["protocol"] == "rewrite" and r["system"] == args.outputs[0][0]] or rows
-            heard = [{"text": r["output"], "group": None} for r in source if r["protocol"] == "rewrite" and r["sample"] == 0 and r["output"]]
-            cases["blackbox"] = paraphrase(heard, tokenizer, meta["prompt"])
-            for i, c in enumerate(cases["blackbox"]):
-                same = {"stamp": sha("in", c), "protocol": "blackbox", "prompt": i, "sample": 0, "group": None, "input": c["input"], "output": c["input"]}
-                rows.append(kept.get((same["stamp"], i, 0), same) | {"system": "base"})
+    rows, results, name_of = run_systems(model, tokenizer, store, meta, held, cases, wiki, sentences, args)
     score(rows, model, tokenizer, encoder, judges, args)
     for r in rows:
         r |= {"name": name_of[r["system"]], "failure": failure(r, results["base"]["worst"])}
-    aside = file.with_suffix(".tmp")
+    aside = args.out / "generations.tmp"
     aside.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    os.replace(aside, file)
+    os.replace(aside, args.out / "generations.jsonl")
 
     d, values = frame(rows, args), defaultdict(list)
     for system, name in name_of.items():
@@ -759,12 +788,7 @@ def main() -> None:
     for name, path in args.adapter:
         if (path / "run.json").is_file():
             write_card(path, name, figures, notes, args)
-    record = {"figures": figures, "notes": notes, "command": " ".join(sys.argv), "seed": args.seed, "options": {k: str(v) for k, v in vars(args).items()},
-              "sha256": {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in [*map(Path, (args.prompts, args.benign, args.wiki)), args.prototypes, file,
-                                                                                       *(p / "adapter_model.safetensors" for _, p in args.adapter)] if p.is_file()},
-              "git": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(), "device": args.device,
-              "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, lm_eval)}}
-    (args.out / "report.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+    write_record(figures, notes, args)
     print("\n".join(table(figures, headline(args), names, args)).replace("<br>", " ") + f"\n{args.out}/report.md")
 
 

@@ -100,7 +100,7 @@ def test_selection_rule(mining, options):
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):
     args = options("--preset", "paper", "--keep-negatives", 3)
-    assert (args.prompt, args.rude, args.clean, args.rounds, args.keep_positives, args.per_group) == ("paper", 20, 20, 1, 15, 500)
+    assert (args.prompt, args.rude, args.clean, args.rounds, args.keep_positives, args.per_group, args.push) == ("paper", 20, 20, 1, 15, 500, 0)
     pool = [entry(f"word {i}", 0.0, 0.0, 1.0) | {"overlap": i / 10} for i in (3, 9, 1, 7)]
     _, negatives, _ = mining.select("A seed.", {"positive": [], "negative": pool}, args)
     assert [c["overlap"] for c in negatives] == [0.9, 0.7, 0.3]
