@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+ROW = 128  # tokens of a packed row, or its longest sequence
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     z = hidden @ weight.to(hidden.dtype).T  # (T, C)
@@ -176,30 +177,42 @@ def pack(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return rows
 
 
+def forwards(lengths: list[int], max_tokens: int) -> list[list[list[int]]]:
+    """What `model_nll` computes at once: packed rows, max_tokens in all with their ends' padding. Rows are short, since
+    attention's work grows with their square."""
+    width = max([min(ROW, max_tokens), *lengths])
+    rows = sorted(pack(lengths, width), key=lambda row: -sum(lengths[i] for i in row))  # alike ones together
+    return [rows[i:i + max(max_tokens // width, 1)] for i in range(0, len(rows), max(max_tokens // width, 1))]
+
+
 def model_nll(model, sequences: list[Tensor], start: list[int] | None = None, max_tokens: int = 2048) -> Tensor:
-    """phi as used by every stage: nats per token of each sequence, (S,), from packed rows.
+    """phi as used by every stage: nats per token of each sequence, (S,), from batches of packed rows.
 
     sequences: S token-id tensors (L,), each beginning with its own context (a BOS, a prompt); start: where
     phi begins, at least 1, default 1: tokens before it are context and don't count. Position ids restart
-    with each sequence, which is how transformers keeps attention within it. Rows are made by `pack`, without
-    padding. Gradients flow if grad mode is on."""
+    with each sequence, which is how transformers keeps attention within it. Batches are made by `forwards`.
+    Gradients flow if grad mode is on."""
     backbone, head, scale, softcap = _parts(model)
-    start = start or [1] * len(sequences)
-    rows, out = pack([len(x) for x in sequences], max_tokens), []
-    for row in rows:
-        ids = torch.cat([sequences[i] for i in row]).long().to(head.weight.device)  # (T,)
-        position = torch.cat([torch.arange(len(sequences[i])) for i in row]).to(ids.device)
-        first = torch.cat([torch.full((len(sequences[i]),), start[i]) for i in row]).to(ids.device)
-        owner = torch.cat([torch.full((len(sequences[i]),), k) for k, i in enumerate(row)]).to(ids.device)
+    start, plan, out = start or [1] * len(sequences), forwards([len(x) for x in sequences], max_tokens), []
+    for rows in plan:
+        def grid(make, fill: int) -> Tensor:  # (B, T) on the model's device
+            lines = [torch.cat([make(i) for i in row]) for row in rows]
+            return torch.nn.utils.rnn.pad_sequence(lines, batch_first=True, padding_value=fill).to(head.weight.device)
+
+        number = {i: k for k, i in enumerate(sum(rows, []))}
+        ids = grid(lambda i: sequences[i].long(), 0)
+        position = grid(lambda i: torch.arange(len(sequences[i])), 0)
+        owner = grid(lambda i: torch.full((len(sequences[i]),), number[i]), -1)
+        scored = grid(lambda i: torch.arange(len(sequences[i])) >= max(start[i], 1), False)  # never a sequence's first
         mask = None
         if backbone.config.model_type == "falcon":  # does not look at position ids for its mask: spell it out
-            mask = (owner[:, None] == owner)[None, None].tril()
-        hidden = backbone(input_ids=ids[None], position_ids=position[None], attention_mask=mask, use_cache=False).last_hidden_state[0]
-        hidden = hidden.to(ids.device)  # layers may be spread over devices
-        scored = (position >= first.clamp(min=1)).nonzero().flatten()
-        nll = linear_nll(hidden[scored - 1] * scale, head.weight, ids[scored], head.bias, softcap=softcap)
-        out.append(sequence_nll(nll, owner[scored], len(row)))
-    return torch.cat(out)[torch.tensor(sum(rows, [])).argsort().to(out[0].device)]  # as they came
+            mask = (owner[:, :, None] == owner[:, None])[:, None].tril()
+        hidden = backbone(input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = hidden.to(ids.device)[:, :-1][scored[:, 1:]]  # (N, D); layers may be spread over devices
+        nll = linear_nll(hidden * scale, head.weight, ids[scored], head.bias, softcap=softcap)
+        out.append(sequence_nll(nll, owner[scored], len(number)))
+    order = torch.tensor([i for rows in plan for row in rows for i in row])
+    return torch.cat(out)[order.argsort().to(out[0].device)]  # as they came
 
 
 @torch.no_grad()

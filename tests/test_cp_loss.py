@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cp_loss import check_model, cp_loss, linear_nll, model_nll, pack, sequence_nll
+from cp_loss import check_model, cp_loss, forwards, linear_nll, model_nll, pack, sequence_nll
 
 ROOT = Path(__file__).parent.parent
 
@@ -242,10 +242,14 @@ def test_pack():
     rows = pack(sizes, 128)
     assert sorted(sum(rows, [])) == list(range(200)) and all(sum(sizes[i] for i in row) <= 128 for row in rows)
     assert len(rows) == -(-sum(sizes) // 128)  # the least there is
+    plan = forwards(sizes, 512)
+    assert sorted(i for rows in plan for row in rows for i in row) == list(range(200)) and forwards([], 512) == []
+    assert all(len(rows) * max(sum(sizes[i] for i in row) for row in rows) <= 512 for rows in plan)
+    assert forwards([600, 5, 5], 512) == [[[0]], [[1, 2]]]  # a longer one has its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_rows_give_each_models_own_nll(family):
+def test_packed_rows_give_each_models_own_nll(family, monkeypatch):
     model = tiny(family)
     check_model(model)
     ids = [torch.randint(97, (n,)) for n in (5, 2, 11)]
@@ -255,14 +259,17 @@ def test_packed_rows_give_each_models_own_nll(family):
         for x, s in zip(ids, start):
             logp = model(input_ids=x[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
             want.append(-logp[torch.arange(len(x) - 1), x[1:]][s - 1:].mean())
-        for max_tokens in (1, 10, 100):
+        for row, max_tokens, batches in ((128, 1, 2), (128, 10, 2), (128, 100, 1), (7, 100, 1)):  # the last: rows of 11 and of 5 + 2, padded
+            monkeypatch.setattr("cp_loss.ROW", row)
             got = model_nll(model, ids, start, max_tokens)
             torch.testing.assert_close(got.double(), torch.stack(want), rtol=1e-4, atol=1e-4)
+            assert len(forwards([5, 2, 11], max_tokens)) == batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_training_step_in_each_family(family):
+def test_a_training_step_in_each_family(family, monkeypatch):
     """The objective's gradient for LoRA weights, through packed rows, equals the one through the model's own logits."""
+    monkeypatch.setattr("cp_loss.ROW", 16)  # two rows at once
     base = tiny(family)
     with torch.no_grad():
         [w.div_(4) for w in base.parameters()]
@@ -272,7 +279,7 @@ def test_a_training_step_in_each_family(family):
     rows = torch.stack([F.cross_entropy(model(input_ids=x[None], use_cache=False).logits[0, :-1].float(), x[1:]) for x in ids])
     positive, anchor = torch.tensor([True, True, False, False]), torch.zeros(4, dtype=torch.long)
     want, got = (torch.cat([g.flatten() for g in torch.autograd.grad(cp_loss(nll, positive, anchor)[0].mean(), weights)])
-                 for nll in (rows, model_nll(model, ids, max_tokens=16)))
+                 for nll in (rows, model_nll(model, ids, max_tokens=32)))
     assert want.norm() > 1e-6 and (got - want).norm() / want.norm() < 1e-3
 
 
