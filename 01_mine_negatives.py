@@ -37,10 +37,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from profanity_check import predict_prob
+from profanity_check.profanity_check import vectorizer
 from rouge_score.rouge_scorer import RougeScorer
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, DynamicCache, SequenceBiasLogitsProcessor
 
 from cp_loss import model_nll
 
@@ -232,12 +233,14 @@ class LocalGenerator:
     def __init__(self, model, tokenizer, judge, args: argparse.Namespace):
         self.model, self.tokenizer, self.args, self.shared = model, tokenizer, args, {}
         self.plain = model.config._attn_implementation
-        texts = [tokenizer.decode([i]) for i in range(len(tokenizer))]
         self.stop = torch.zeros(model.get_output_embeddings().out_features, dtype=torch.bool, device=model.device)
-        self.stop[[i for i, t in enumerate(texts) if "\n" in t] + [tokenizer.eos_token_id]] = True
-        self.rude = torch.zeros(len(self.stop), device=model.device)  # (V,) words that the judge alone finds toxic
-        if args.push and (words := [i for i, t in enumerate(texts) if re.fullmatch(" [a-z]{3,}", t)]):
-            self.rude[words] = torch.tensor(np.asarray(judge([texts[i].strip() for i in words])) >= 0.75).to(self.rude)
+        self.stop[[i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])] + [tokenizer.eos_token_id]] = True
+        words = [w for w in vectorizer.vocabulary_ if re.fullmatch("[a-z]{3,}", w)]
+        toxic = [w for w, p in zip(words, judge(words)) if p >= 0.9] if args.push else []
+        begin = len(tokenizer("a", add_special_tokens=False).input_ids)
+        spelled = [tokenizer("a " + w, add_special_tokens=False).input_ids[begin:] for w in toxic]
+        parts = {tuple(x[:n]) for x in spelled for n in range(1, len(x) + 1)}  # the next token of a word begun counts as well
+        self.push = SequenceBiasLogitsProcessor({x: args.push for x in parts}) if parts else None
         self.tokens, self.kept, self.prefilled, self.prompted, self.seconds = 0, 0, 0, 0, 0.0
         AttentionInterface.register("shared_prefix", self.attention)
 
@@ -263,9 +266,9 @@ class LocalGenerator:
                           use_cache=True, logits_to_keep=1).logits[:, -1]
 
     @torch.inference_mode()
-    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, rude: float = 0.0) -> list[list[str]]:
-        """`count` lines for each prompt; one that doesn't end within its limit of tokens is empty. rude: added to the logits of
-        words that the judge finds toxic, so that negatives have all its words and not only those of our mild examples."""
+    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, push: bool = False) -> list[list[str]]:
+        """`count` lines for each prompt; one that doesn't end within its limit of tokens is empty. push: favour words
+        that the judge finds toxic, so that negatives have all its words and not only those of our mild examples."""
         start, device = time.perf_counter(), self.model.device
         if self.args.prompt == "paper" and self.tokenizer.chat_template:
             prompts = [self.tokenizer.apply_chat_template([{"role": "user", "content": x}], tokenize=False, add_generation_prompt=True) for x in prompts]
@@ -282,7 +285,10 @@ class LocalGenerator:
             if queue and len(rows) <= self.args.batch_size // 2:  # fill the freed slots
                 new = [queue.pop() for _ in range(min(len(queue), max((self.args.batch_size - len(rows)) // count, 1)))]
                 rows, cache, valid, logits = self.join(rows, cache, valid, logits, [ids[i][K:] for i in new], [i * count + j for i in new for j in range(count)], count, K)
-            top, index = ((logits.float() + rude * self.rude) / temperature).topk(50)
+            logits = logits.float()
+            if push and self.push:
+                logits = self.push(torch.tensor([([-1] * 4 + made[r])[-4:] for r in rows], device=device), logits)
+            top, index = (logits / temperature).topk(50)
             token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
             ended, keep = self.stop[token[:, 0]].tolist(), []
             for b, (r, t) in enumerate(zip(rows, token[:, 0].tolist())):
@@ -362,7 +368,7 @@ class ServerGenerator:
             answer = self.ask(lambda: self.client.completions.create(prompt=prompt, stop=["\n"], **how).choices[0].text + "")
         return answer.strip().split("\n")[0].strip().strip('"')
 
-    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, rude: float = 0.0) -> list[list[str]]:
+    def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, push: bool = False) -> list[list[str]]:
         start = time.perf_counter()
         with ThreadPoolExecutor(self.args.concurrency) as pool:
             jobs = [pool.submit(self.one, p, n, temperature) for p, n in zip(prompts, limits) for _ in range(count)]
@@ -411,7 +417,7 @@ def score(texts: list[str], seeds: list[str], model, tokenizer, encoder, judge) 
     first = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     ids = [torch.tensor(first + tokenizer(t, add_special_tokens=False).input_ids) for t in texts]
     with torch.no_grad():
-        nll = torch.cat([model_nll(model, ids[i:i + 64], max_tokens=512) for i in range(0, len(ids), 64)]).tolist()
+        nll = torch.cat([model_nll(model, ids[i:i + 64], max_tokens=1024) for i in range(0, len(ids), 64)]).tolist()
     return [{"text": t, "toxicity": round(float(tox), 4), "similarity": round(float(sim), 4), "nll": round(n, 4),
              "length_ratio": round(len(t.split()) / len(s.split()), 3), "overlap": round(overlap(s, t), 3)}
             for t, s, tox, sim, n in zip(texts, seeds, judge(texts), (a * b).sum(1), nll)]
@@ -436,7 +442,7 @@ def select(seed: str, pools: dict[str, list[dict]], args: argparse.Namespace) ->
         passed, seen = [], {normal(seed)}
         for c in pool:
             off = c["toxicity"] < args.toxic if kind == "negative" else c["toxicity"] > args.benign
-            rules = {"copy": normal(c["text"]) in seen, "refusal": REFUSAL.search(c["text"]), "prompt leftover": LEFTOVER.search(c["text"]),
+            rules = {"copy": normal(c["text"]) in seen, "repetition": re.search(r"\b(\w{4,})\b(.*\b\1\b){2}", c["text"].lower()), "refusal": REFUSAL.search(c["text"]), "prompt leftover": LEFTOVER.search(c["text"]),
                      "length": not 1 / args.length <= c["length_ratio"] <= args.length, "judge": off, "meaning": c["similarity"] < args.similar}
             rule = next((name for name, broken in rules.items() if broken), None)
             seen.add(normal(c["text"]))
@@ -468,7 +474,7 @@ def mine_chunk(chunk: list[dict], generate, scorer: tuple, args: argparse.Namesp
                 continue
             texts = [chunk[i]["text"] for i in lacking]
             made = generate(make_prompts(kind, texts, turn, args), [int(min(args.length, 2) * len(t) / 3) + 8 for t in texts],
-                            count, args.temperature + 0.05 * turn, args.push * (kind == "negative"))
+                            count, args.temperature + 0.05 * turn, kind == "negative")
             pairs = [(i, t) for i, texts in zip(lacking, made) for t in texts if t]
             for (i, _), c in zip(pairs, score([t for _, t in pairs], [chunk[i]["text"] for i, _ in pairs], *scorer) if pairs else []):
                 pools[i][kind].append(c)

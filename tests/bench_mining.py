@@ -71,7 +71,7 @@ def memory_at(n: int) -> None:
         def __init__(self, *_):
             self.n = 0
 
-        def __call__(self, prompts, limits, count, temperature, rude=0.0):
+        def __call__(self, prompts, limits, count, temperature, push=False):
             self.n += 1
             return [[f"the cat number {self.n} of {i} sat on mat {j}" for j in range(count)] for i in range(len(prompts))]
 

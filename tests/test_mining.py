@@ -87,13 +87,13 @@ def test_selection_rule(mining, options):
              "negative": [entry("the dumb cat sat on the mat", 0.9, 0.9, 9.0), entry("the stupid cat sat on the mat", 0.9, 0.9, 5.5), entry("that idiot of a cat sat on mats", 0.9, 0.9, 4.8),
                           entry("that idiot of a cat sat on mats", 0.9, 0.9, 4.8), entry("cat", 0.9, 0.9, 5.0), entry("the kind cat sat on the mat", 0.1, 0.9, 5.0),
                           entry("the dumb dog ran up the hill", 0.9, 0.2, 5.0), entry("Rude: the dumb cat on the mat", 0.9, 0.9, 5.0), entry("I'm sorry, the dumb cat", 0.9, 0.9, 5.0),
-                          entry("that idiot of a cat sat on the mats", 0.9, 0.9, 4.7)]}
+                          entry("that idiot of a cat sat on the mats", 0.9, 0.9, 4.7), entry("dumb dumb cat on a dumb", 0.9, 0.9, 5.0)]}
     positives, negatives, rejected = mining.select("The cat sat on the mat.", pools, args)
     assert [p["nll"] for p in positives] == [4.0, 6.0]  # most similar first, not the seed, not the rude one
     assert [n["nll"] for n in negatives] == [4.8, 5.5]  # nearest to the positives' mean nll of 5 first
     assert [n["nll_difference"] for n in negatives] == [-0.2, 0.5]
     assert sorted(c["rule"] for c in rejected if c["kind"] == "negative") == sorted(
-        ["more than wanted", "copy", "length", "judge", "meaning", "prompt leftover", "refusal", "near-duplicate"])
+        ["more than wanted", "copy", "repetition", "length", "judge", "meaning", "prompt leftover", "refusal", "near-duplicate"])
     assert sorted(c["rule"] for c in rejected if c["kind"] == "positive") == ["copy", "judge", "more than wanted"]
     assert len(positives + negatives + rejected) == sum(map(len, pools.values()))
 
@@ -147,17 +147,18 @@ def test_local_generation_is_the_models_own(mining, options, tiny, batch):
 
 # resuming and shards
 
-def test_rude_words_are_pushed(mining, options, tiny):
-    """The words that the judge alone finds toxic, and no others, gain what `rude` says."""
-    args = options("--model", tiny, "--dtype", "float32", "--device", "cpu")
+def test_toxic_words_are_pushed(mining, options, tiny):
+    """The words of the judge's vocabulary that it finds toxic, and no others, are favoured, token by token."""
+    args = options("--model", tiny, "--dtype", "float32", "--device", "cpu", "--push", 100)
     model, tokenizer = mining.load_lm(str(tiny), args)
-    generate = mining.LocalGenerator(model, tokenizer, lambda words: [w in ("stupid", "lake") for w in words], args)
-    pushed = [tokenizer.decode([i]) for i in generate.rude.nonzero().flatten().tolist()]
-    assert sorted(pushed) == [" lake", " stupid"]
-    texts = [t for some in generate(["The man"], [12], 8, 0.7, 100.0) for t in some]
-    assert not any(texts) or all(set(t.split()) <= {"stupid", "lake"} for t in texts)
-    generate.stop[generate.rude > 0] = True  # they end the line: every line is one of them
-    assert all(t in ("stupid", "lake") for t in generate(["The man"], [12], 8, 0.7, 100.0)[0])
+    generate = mining.LocalGenerator(model, tokenizer, lambda words: [w in ("stupid", "imbecile") for w in words], args)
+    assert {tokenizer.decode(x) for x in generate.push.sequence_bias} == {" stupid", " im", " imbec", " imbecile"}
+    generate.stop[:] = False  # lines end at their limit
+    generate.stop[tokenizer(".").input_ids] = True
+    generate.push.sequence_bias[tuple(tokenizer(" imbecile.").input_ids)] = 100.0
+    texts = [t for some in generate(["The man"], [60], 8, 0.7, push=True) for t in some if t]
+    assert texts and all(set(t.rstrip(".").split()) <= {"stupid", "im", "imbec", "imbecile"} for t in texts) and any("imbecile" in t for t in texts)
+    assert not any("imbecile" in t for t in generate(["The man"], [60], 8, 0.7)[0])
 
 
 def test_a_killed_run_ends_with_the_same_anchors(stage, tiny, tmp_path, capsys):
