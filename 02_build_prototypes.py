@@ -2,7 +2,7 @@
 """Stage 02: tokenise the mined sets and compute phi and the prototypes under the base model (section 3.1).
 
 phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is one). Each
-mined line becomes up to three anchors, by --context:
+mined line becomes anchors of up to three kinds, by --context:
   none    the paper's: bare sentences. The context is the BOS alone (the EOS where a tokenizer has none).
   seed    after "Paraphrase: <seed>": positives and negatives as mined.
   toxic   after "Paraphrase: <one of its own negatives>": positives as mined, with the seed; negatives are the
@@ -13,7 +13,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         anchor (S,), is_positive (S,), nll (S,), prototype (A,), seed (A,) the mined line, context (A,) 0/1/2;
         metadata: format, model, model_sha256, tokenizer_sha256, phi, prompt, contexts, dtype, mined_sha256
 
-    python 02_build_prototypes.py                   # 5 minutes on 2 CPU cores
+    python 02_build_prototypes.py                   # 3 minutes on 2 CPU cores
     python 02_build_prototypes.py --context none    # the paper's anchors
 """
 import argparse
@@ -42,10 +42,10 @@ def options() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="default: RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM: path or hub id (default: %(default)s)")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="which anchors to make (paper: none; default: all)")
-    p.add_argument("--toxic-contexts", type=int, default=5, help="toxic anchors a mined line, at most (ours; default: %(default)s)")
+    p.add_argument("--toxic-contexts", type=int, default=3, help="anchors after a toxic sentence that a mined line has at most (ours; default: %(default)s)")
     p.add_argument("--close", type=float, default=0.65, help="least similarity to its seed of a positive, if any has it, and of a toxic context (ours; default: %(default)s)")
     p.add_argument("--prompt", default="Sentence: {}\nParaphrase:", help="context of seed and toxic anchors; stage 04 rewrites with it (ours)")
-    p.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
+    p.add_argument("--max-tokens", type=int, default=1024, help="tokens computed at once; more on a GPU (default: %(default)s)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="auto: layers spread over all devices (default: %(default)s)")
     p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "nf4"], help="of the base, in stages 03 and 04 too; nf4 needs bitsandbytes (default: %(default)s)")
     args = p.parse_args()

@@ -2,7 +2,7 @@
 """Stage 03: LoRA fine-tuning with prototype contrastive perplexity (paper, section 3 and equation 3).
 
 Every step takes whole anchors and draws |P| positives and |N| negatives of each afresh. Sequences are packed
-into rows without padding; no (tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one
+end to end into rows; no (tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one
 number a sequence, so a step whose tokens exceed --budget takes two passes: phi of all without a graph, d loss / d phi,
 then the backward pass a few sequences at a time. Exact, for one forward pass more.
 
@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cp_loss import check_model, cp_loss, model_nll, pack
+from cp_loss import check_model, cp_loss, forwards, model_nll, pack
 
 FORMAT = "cp-prototypes-1"
 PRESETS = {  # the paper's: one epoch, batch 2 x accumulation 3, on a 4-bit base (here: the base as loaded)
@@ -72,10 +72,10 @@ def options() -> argparse.Namespace:
     g.add_argument("--phi", choices=["nll", "perplexity"], default="nll", help="paper's text: perplexity; official code: nll (default: %(default)s)")
     g.add_argument("--distance", choices=["absolute", "signed"], default="signed", help="paper: absolute (default: %(default)s)")
     g.add_argument("--prototype", choices=["batch", "base"], default="batch", help="mean phi of the drawn positives (paper), or the base model's (default: %(default)s)")
-    g.add_argument("--alpha", type=float, default=8.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
+    g.add_argument("--alpha", type=float, default=10.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
     g.add_argument("--tau", type=float, default=1.0, help="temperature; small: only the nearest negatives count (ours; default: %(default)s)")
-    g.add_argument("--hold", type=float, default=1.0, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
-    g.add_argument("--utility", type=float, default=1.0, help="weight of the KL divergence from the base on neutral text; 0: wiki perplexity rises (ours; default: %(default)s)")
+    g.add_argument("--hold", type=float, default=0.4, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
+    g.add_argument("--utility", type=float, default=4.0, help="weight of the KL divergence from the base on neutral text; 0: wiki perplexity rises (ours; default: %(default)s)")
     g.add_argument("--only", choices=["positives", "negatives"], help="the paper's ablations: the level of positives alone, or their phi fixed in J; the first copies, the second garbles")
     g.add_argument("--positives", type=int, default=2, help="|P| drawn a step (paper: 1 to 5; default: %(default)s)")
     g.add_argument("--negatives", type=int, default=2, help="|N| drawn a step (paper: 5 to 8; default: %(default)s)")
@@ -88,7 +88,7 @@ def options() -> argparse.Namespace:
     g.add_argument("--rank", type=int, default=16, help="LoRA r; its alpha is 2 r (default: %(default)s)")
     g.add_argument("--validation", type=float, default=0.1, help="share of mined lines held out (default: %(default)s)")
     g.add_argument("--every", type=int, default=20, help="steps between validations and saved states (default: %(default)s)")
-    g.add_argument("--max-tokens", type=int, default=512, help="tokens a packed row; more on a GPU (default: %(default)s)")
+    g.add_argument("--max-tokens", type=int, default=1024, help="tokens computed at once; more on a GPU (default: %(default)s)")
     g.add_argument("--budget", type=int, default=2048, help="tokens whose graph is held at once; steps above it take two passes (default: %(default)s)")
     g.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, a third slower")
     g.add_argument("--shard", action="store_true", help="under torchrun: spread the frozen layers over the processes (FSDP), for a base that one device can't hold")
@@ -160,18 +160,21 @@ def split_anchors(store: dict, meta: dict, args: argparse.Namespace) -> tuple[to
     return train, val
 
 
-def draw(store: dict, anchors: torch.Tensor, args: argparse.Namespace, generator: torch.Generator | None) -> torch.Tensor:
-    """Sequence numbers: up to |P| and |N| of each anchor at random; all of them without a generator."""
+def draw(store: dict, anchors: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
+    """Sequence numbers: up to |P| and |N| of each anchor at random."""
     chosen = []
     for a in anchors.tolist():
         mine = (store["anchor"] == a).nonzero().flatten()
         for flag, n in ((True, args.positives), (False, args.negatives)):
             pool = mine[store["is_positive"][mine] == flag]
-            if generator is not None:  # after a toxic sentence always its seed, to come near, and itself, to get away from
-                fixed = int(store["context"][a] == 2)
-                pool = torch.cat([pool[:fixed], pool[fixed:][torch.randperm(len(pool) - fixed, generator=generator)]])[:n]
-            chosen.append(pool)
+            fixed = int(store["context"][a] == 2)  # after a toxic sentence always its seed, to come near, and itself, to get away from
+            chosen.append(torch.cat([pool[:fixed], pool[fixed:][torch.randperm(len(pool) - fixed, generator=generator)]])[:n])
     return torch.cat(chosen)
+
+
+def padded(lengths: list[int], max_tokens: int) -> int:
+    """Tokens that are computed for sequences of these lengths: theirs and the padding at rows' ends."""
+    return sum(len(rows) * max(sum(lengths[i] for i in row) for row in rows) for rows in forwards(lengths, max_tokens))
 
 
 def most(n: int, args: argparse.Namespace) -> int:
@@ -182,13 +185,19 @@ def lengths(store: dict, chosen: torch.Tensor) -> list[int]:
     return (store["offsets"][chosen + 1] - store["offsets"][chosen]).tolist()
 
 
+def mixed(model):
+    """Over a bfloat16 base LoRA computes in bfloat16 too; its weights stay in float32."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16)
+
+
 def phi(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    rows = len(pack(lengths(store, chosen), args.max_tokens))
-    more = most(rows, args) - rows
+    count = len(forwards(lengths(store, chosen), args.max_tokens))
+    more = most(count, args) - count
     ids = [store["input_ids"][store["offsets"][i]:store["offsets"][i + 1]] for i in chosen.tolist()]
-    nll = model_nll(model, ids, store["start"][chosen].tolist(), args.max_tokens) if rows else torch.zeros(0, device=model.device)  # (S,)
-    for _ in range(more):  # rows that count for nothing
-        nll = nll + 0 * model_nll(model, [torch.zeros(2, dtype=torch.long)]).sum()
+    with mixed(model):
+        nll = model_nll(model, ids, store["start"][chosen].tolist(), args.max_tokens) if count else torch.zeros(0, device=model.device)  # (S,)
+        for _ in range(more):  # forwards that count for nothing
+            nll = nll + 0 * model_nll(model, [torch.zeros(2, dtype=torch.long)]).sum()
     return nll
 
 
@@ -246,19 +255,19 @@ def own(store: dict, chosen: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def utility_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace) -> torch.Tensor:
-    """Accumulates the gradient of --utility x KL(base || tuned) of next tokens, on runs of three of the step's neutral sentences."""
-    runs, total = chosen[store["is_positive"][chosen].bool()][:6].split(3), torch.zeros((), device=model.device)
-    for k, some in enumerate(runs):
-        mine = k % PartialState().num_processes == PartialState().process_index
-        if mine or args.shard:
-            parts = [store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]] for i in some.tolist()]
-            ids = torch.cat([store["input_ids"][:1], *parts]).long()[None].to(model.device)  # (1, T), about 60 tokens after a BOS
-            with torch.no_grad(), model.disable_adapter():
-                base = model(ids).logits[0].float().log_softmax(-1)  # (T, V)
-            loss = mine * args.utility / len(runs) * F.kl_div(model(ids).logits[0].float().log_softmax(-1), base, reduction="none", log_target=True).sum(1).mean()
-            loss.backward()
-            total += loss.detach()
-    return total
+    """Accumulates the gradient of --utility x KL(base || tuned) of next tokens, over six of the step's neutral sentences as running text."""
+    some, mine = chosen[store["is_positive"][chosen].bool()][:6].tolist(), PartialState().is_main_process
+    if not mine and not args.shard:
+        return torch.zeros((), device=model.device)
+    parts = [store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]] for i in some]
+    ids = torch.cat([store["input_ids"][:1], *parts]).long()[None].to(model.device)  # (1, T), about 120 tokens after a BOS
+    with mixed(model):
+        with torch.no_grad(), model.disable_adapter():
+            base = model(ids).logits[0].float().log_softmax(-1)  # (T, V)
+        tuned = model(ids).logits[0].float().log_softmax(-1)
+    loss = mine * args.utility * F.kl_div(tuned, base, reduction="none", log_target=True).sum(1).mean()
+    loss.backward()
+    return loss.detach()
 
 
 def train_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespace, stopped: list):
@@ -282,12 +291,12 @@ def train_step(model, store: dict, chosen: torch.Tensor, args: argparse.Namespac
 
 @torch.no_grad()
 def validate(model, store: dict, anchors: torch.Tensor, args: argparse.Namespace) -> dict:
-    """The objective and its statistics over held-out anchors, whole sets; utility_drift is phi of the neutral sentences held
+    """The objective and its statistics over held-out anchors, always the same draw; utility_drift is phi of the neutral sentences held
     out, bare where the store has them so, against the base's. criterion: -log J, and the nats by which neutral text became less likely."""
     held = torch.isin(store["seed"], store["seed"][anchors])  # (A,)
     bare = held & (store["context"] == 0)
     neutral = (store["is_positive"].bool() & (bare if bare.any() else held)[store["anchor"]]).nonzero().flatten()
-    chosen = draw(store, anchors, args, None)
+    chosen = draw(store, anchors, args, torch.Generator().manual_seed(0))
     mine = torch.cat([chosen, neutral]).unique()[PartialState().process_index::PartialState().num_processes]
     own_nll = phi(model, store, mine, args)
     nll = reduce(torch.zeros(len(store["nll"]), device=own_nll.device).index_put((mine.to(own_nll.device),), own_nll), "sum")
@@ -362,7 +371,7 @@ def finish(model, best: dict, filled: list, meta: dict, args: argparse.Namespace
     model.peft_config["default"].inference_mode = True
     model.peft_config["default"].save_pretrained(args.out)
     keep(args.out / "adapter_model.safetensors", lambda x: save_file(best["adapter"], x, {"format": "pt"}))
-    waste = f"rows {sum(filled) / len(filled):.0%} full, no padding; " if filled else ""
+    waste = f"rows {sum(filled) / len(filled):.1%} full; " if filled else ""
     print(f"best state: step {best['step']}; {waste}peak memory {peak_memory_gb(args.device):.1f} GB; {args.out}")
     if args.merge:
         out = args.out.parent / "merged"
@@ -386,6 +395,7 @@ def set_up(args: argparse.Namespace, store: dict, meta: dict, accelerator: Accel
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():  # no dropout, which would differ between a step's passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)
+        module.cast_input_dtype_enabled = False  # peft's casts to float32 take half as long as the model; see `mixed`
     if args.shard:
         shard(model, device)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=args.lr, weight_decay=0.0)
@@ -442,8 +452,7 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
 
             tokens = sum(lengths(store, chosen))
-            rows = sum(len(pack(lengths(store, own(store, chosen, r)), args.max_tokens)) for r in range(world))
-            filled.append(tokens / rows / args.max_tokens)
+            filled.append(tokens / sum(padded(lengths(store, own(store, chosen, r)), args.max_tokens) for r in range(world)))
             row = {"step": step, "split": "train", "loss": loss.item(), **{k: v.item() for k, v in stats.items()}, "grad_norm": norm.item(), "tokens": tokens,
                    "fill": filled[-1], "tokens_per_second": tokens / (time.perf_counter() - began), "peak_memory_gb": peak_memory_gb(args.device)}
             log.write(json.dumps(row) + "\n")

@@ -351,7 +351,7 @@ def nll_of(model, tokenizer, texts: list[str]) -> list[float]:
     first = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     ids = [torch.tensor(first + (tokenizer(t, add_special_tokens=False).input_ids or first)) for t in texts]
     chunks = tqdm(range(0, len(ids), 64), desc="phi", unit="x64 texts", leave=False)
-    return torch.cat([model_nll(model, ids[i:i + 64], max_tokens=512) for i in chunks]).tolist() if ids else []
+    return torch.cat([model_nll(model, ids[i:i + 64], max_tokens=1024) for i in chunks]).tolist() if ids else []
 
 
 def score(rows: list[dict], model, tokenizer, encoder, judges: dict, args: argparse.Namespace) -> None:
