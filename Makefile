@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: all setup assets data mine prototypes train evaluate test clean help
+.PHONY: all setup assets data mine prototypes train evaluate ablation test clean help
 PYTHON ?= python3
 RUN ?= runs/default
 PY := .venv/bin/python
@@ -117,6 +117,9 @@ $(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train
 $(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/judge.jsonl 04_evaluate.py
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
+
+ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours on the same mined data, three seeds each (HOURS on 2 cores)
+	$(PY) tests/bench_ablation.py --run $(RUN)
 
 test: .venv/done assets/done data    ## all tests (under 8 minutes on 2 cores)
 	$(PY) -m pytest -q --durations=5 tests

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import bench_ablation
 import pytest
 import torch
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
@@ -67,7 +68,7 @@ def test_the_objective_by_hand(stage, trained, monkeypatch, only):
     """-log J (signed, alpha 8) and the positives' level: |phi - the base's|, or phi itself after a toxic sentence."""
     stage("03", "--preset", "none")
     module = stage.modules["03"]
-    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--hold", "0.7", *(["--only", only] if only else [])])
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--alpha", "8", "--hold", "0.7", *(["--only", only] if only else [])])
     args = module.options()
     store, _ = module.read_store(args.prototypes)
     chosen = module.draw(store, torch.arange(0, 9), args, torch.Generator().manual_seed(0))
@@ -105,13 +106,11 @@ def test_utility_is_the_divergence_from_the_base(stage, trained, tiny, monkeypat
     model.zero_grad()
     got = module.utility_step(model, store, chosen, args)
     neutral = [i for i in chosen.tolist() if store["is_positive"][i]][:6]
-    want = 0
-    for some in (neutral[:3], neutral[3:]):
-        ids = [int(store["input_ids"][0])] + [int(t) for i in some for t in store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]]]
-        with torch.no_grad(), model.disable_adapter():
-            base = model(torch.tensor([ids])).logits[0].double().softmax(-1)
-        tuned = model(torch.tensor([ids])).logits[0].double().softmax(-1)
-        want = want + 0.7 / 2 * sum((b * (b.log() - q.log())).sum() for b, q in zip(base, tuned)) / len(ids)
+    ids = [int(store["input_ids"][0])] + [int(t) for i in neutral for t in store["input_ids"][store["offsets"][i] + store["start"][i]:store["offsets"][i + 1]]]
+    with torch.no_grad(), model.disable_adapter():
+        base = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    tuned = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+    want = 0.7 * sum((b * (b.log() - q.log())).sum() for b, q in zip(base, tuned)) / len(ids)
     assert got.item() == pytest.approx(want.item(), rel=1e-3) and got > 1e-4
     grads = torch.autograd.grad(want, weights)
     assert all((w.grad - g).norm() <= 1e-3 * g.norm() + 1e-7 for w, g in zip(weights, grads))
@@ -218,8 +217,8 @@ def test_a_step_says_what_it_costs(stage, fresh, capsys):
     assert stage("03", "--run", run, *OPTIONS, "--max-tokens", 1000) == 0
     said = capsys.readouterr().out
     rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "train"]
-    assert f"about {sum(r['tokens'] for r in rows) // 6} tokens a step, one pass" in said and "padding" in said
-    assert all(r["fill"] == r["tokens"] / 1000 for r in rows)  # one row
+    assert f"about {sum(r['tokens'] for r in rows) // 6} tokens a step, one pass" in said and "% full" in said
+    assert all(0.5 < r["fill"] <= 1 for r in rows)
     assert stage("03", "--run", run, *OPTIONS, "--seed", 1, "--budget", 100, "--max-tokens", 100) == 0
     said = capsys.readouterr().out
     rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "train"]
@@ -310,3 +309,58 @@ def test_four_bits(stage, tiny, tmp_path, capsys):
         meta = f.metadata()
     save_file(store, tmp_path / "prototypes.safetensors", meta | {"dtype": "float32"})
     refused(capsys, stage("03", "--run", tmp_path, *OPTIONS), "other weights")
+
+
+# the ablation's peers
+
+def literal(kind: str, nll: list, count: list, base: list, anchor: list, good: list) -> float:
+    """Their papers' equations, pair by pair, and the released code's, anchor by anchor."""
+    def softplus(x):
+        return math.log1p(math.exp(x))
+    losses, places = [], {a: [i for i, x in enumerate(anchor) if x == a] for a in anchor}
+    if kind == "official":
+        for a, b in [(0, 1), (2, 2)]:
+            some = [i for i in range(len(nll)) if anchor[i] in (a, b)]
+            phi = {i: nll[i] * count[i] / max(count[j] for j in some) for i in some}
+            c = sum(phi[i] for i in some if good[i]) / sum(good[i] for i in some)
+            for k in sorted({a, b}):
+                z = {i: math.exp(-abs(phi[i] - c)) + 100 * (not good[i]) for i in places[k]}
+                total = math.log(sum(map(math.exp, z.values())))
+                losses.append(sum(total - z[i] for i in places[k] if good[i]) / (sum(good[i] for i in places[k]) + 1))
+        return sum(losses) / len(losses)
+    for mine in places.values():
+        winners, losers = [i for i in mine if good[i]], [i for i in mine if not good[i]]
+        for k, n in enumerate(losers):
+            p = winners[k % len(winners)]
+            logp = {i: (-nll[i] * count[i], -base[i] * count[i]) for i in (p, n)}
+            margin = {"dpo": 0.1 * ((logp[p][0] - logp[p][1]) - (logp[n][0] - logp[n][1])), "simpo": 2.0 * (nll[n] - nll[p]) - 1.0}[kind]
+            losses.append(softplus(-margin))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "simpo", "official"])
+def test_peers_losses_are_their_equations(kind):
+    rng = torch.Generator().manual_seed(0)
+    anchor, good = [0, 0, 0, 1, 1, 2, 2, 2, 2], [1, 0, 0, 1, 0, 1, 1, 0, 0]
+    start, length = torch.full((9,), 2), torch.randint(4, 9, (9,), generator=rng)
+    nll, base = torch.rand(2, 9, dtype=torch.float64, generator=rng) * 3
+    store = {"anchor": torch.tensor(anchor), "is_positive": torch.tensor(good), "nll": base, "start": start, "offsets": torch.tensor([0, *length.cumsum(0)])}
+    got = getattr(bench_ablation, kind)(nll, store, torch.arange(9))
+    assert abs(got.item() - literal(kind, nll.tolist(), (length - start).tolist(), base.tolist(), anchor, good)) < 1e-9
+
+
+def test_random_negatives_change_only_what_they_should(trained):
+    store = load_file(trained / "prototypes.safetensors")
+    new = bench_ablation.random_negatives(store)
+    parts = [[x["input_ids"][a:b].tolist() for a, b in zip(x["offsets"], x["offsets"][1:])] for x in (store, new)]
+    same = torch.tensor([a == b for a, b in zip(*parts)])
+    positive, toxic = store["is_positive"].bool(), store["context"][store["anchor"]] == 2
+    assert same[positive].all() and same[~positive & ~toxic].float().mean() < 0.2
+    assert all(a[:s] == b[:s] for a, b, s in zip(*parts, store["start"]))  # contexts stay
+    for a in range(len(store["context"])):
+        first = ((store["anchor"] == a) & ~positive).nonzero()[0]
+        assert store["context"][a] < 2 or same[first]  # after a toxic sentence itself
+
+
+def test_front_is_what_nothing_beats():
+    assert bench_ablation.front({"a": (1, 9), "b": (2, 5), "c": (2, 6), "d": (3, 5), "e": (4, 1)}) == ["a", "b", "e"]
