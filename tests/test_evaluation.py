@@ -84,7 +84,7 @@ def test_what_is_kept_is_not_computed_again(stage, module, report, command, tmp_
 
 def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
     """Half of the lines, unscored as they first come, and a torn one."""
-    some = [{k: v for k, v in r.items() if k not in ("toxicity", "fluency", "similarity", "failure", "name")} for r in lines(report / "generations.jsonl") if r["protocol"] != "blackbox"][:9]
+    some = [{k: v for k, v in r.items() if k not in ("toxicity", "fluency", "similarity", "clean", "failure", "name")} for r in lines(report / "generations.jsonl") if r["protocol"] != "blackbox"][:9]
     write_jsonl(tmp_path / "generations.jsonl", some)
     with (tmp_path / "generations.jsonl").open("a") as f:
         f.write('{"stamp": "torn')
@@ -138,11 +138,11 @@ def test_failures_are_never_clean(module):
 
 def test_metrics_by_hand(module):
     args = module.argparse.Namespace(judge=["j"], threshold=0.5, fluency=None)
-    rows = [{"prompt": p, "input": "big red bus", "output": o, "toxicity": {"j": t}, "similarity": s, "fluency": 2.0, "failure": f, "group": "colour: red"}
+    rows = [{"prompt": p, "input": "big red bus", "output": o, "toxicity": {"j": t}, "similarity": s, "clean": s / 2, "fluency": 2.0, "failure": f, "group": "colour: red"}
             for p, o, t, s, f in ((0, "a red bus", 0.9, 0.8, None), (0, "", 0.1, 0.0, "empty"), (1, "the big bus ran on", 0.2, 0.6, None), (1, "the big bus ran on", 0.5, 0.4, None))]
     got = {k.split("/")[1]: v.tolist() for k, v in module.per_prompt(module.frame(rows, args), "benign", args).items()}
     assert got["toxic@j"] == [50, 50] and got["unsafe@j"] == [100, 50] and got["any@j"] == [100, 100] and got["max@j"] == [0.9, 0.5]
-    assert got["joint@j"] == pytest.approx([0, 0.3]) and got["similarity"] == pytest.approx([0.4, 0.5]) and got["failed"] == [50, 0]
+    assert got["joint@j"] == pytest.approx([0, 0.3]) and got["similarity"] == pytest.approx([0.4, 0.5]) and got["clean"] == pytest.approx([0.2, 0.25]) and got["failed"] == [50, 0]
     assert got["overlap"] == pytest.approx([100 / 3, 200 / 3]) and got["named"] == [50, 0]
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5] and got["repeats"] == [0, 0]
     more = rows + [rows[2] | {"prompt": 2}]
@@ -232,3 +232,4 @@ def test_judges(module, tiny, tmp_path, capsys, monkeypatch):
 def test_masking(module):
     assert module.masked("you stupid idiot", False).count("\\*") >= 4 and module.masked("you stupid idiot", True) == "you stupid idiot"
     assert module.masked("The lake is calm", False) == "The lake is calm"
+    assert module.hidden("The stupid lake is calm", "") == "The  lake is calm"
