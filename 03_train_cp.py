@@ -74,7 +74,7 @@ def options() -> argparse.Namespace:
     g.add_argument("--prototype", choices=["batch", "base"], default="batch", help="mean phi of the drawn positives (paper), or the base model's (default: %(default)s)")
     g.add_argument("--alpha", type=float, default=10.0, help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1; default: %(default)s)")
     g.add_argument("--tau", type=float, default=1.0, help="temperature; small: only the nearest negatives count (ours; default: %(default)s)")
-    g.add_argument("--hold", type=float, default=0.4, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
+    g.add_argument("--hold", type=float, default=0.5, help="weight of the positives' level, see `objective`; 0: they drift away (ours; default: %(default)s)")
     g.add_argument("--utility", type=float, default=4.0, help="weight of the KL divergence from the base on neutral text; 0: wiki perplexity rises (ours; default: %(default)s)")
     g.add_argument("--only", choices=["positives", "negatives"], help="the paper's ablations: the level of positives alone, or their phi fixed in J; the first copies, the second garbles")
     g.add_argument("--positives", type=int, default=2, help="|P| drawn a step (paper: 1 to 5; default: %(default)s)")
