@@ -105,7 +105,7 @@ def options() -> argparse.Namespace:
     g.add_argument("--clean", type=int, default=5, help="paraphrase candidates a seed and round (paper: 20; default: %(default)s)")
     g.add_argument("--rounds", type=int, default=6, help="at most, for a seed that lacks positives or negatives (ours; default: %(default)s)")
     g.add_argument("--temperature", type=float, default=0.7, help="of the first round, 0.05 more in each; above 1 few candidates keep the meaning (ours; default: %(default)s)")
-    g.add_argument("--push", type=float, default=2.0, help="added to the logits of words that the judge finds toxic, of a local generator's negatives (ours; default: %(default)s)")
+    g.add_argument("--push", type=float, default=2.0, help="added to the logits of tokens that begin or go on with a word that the judge finds toxic, of a local generator's negatives (ours; default: %(default)s)")
     g.add_argument("--batch-size", type=int, default=192, help="rows generated at once, locally (default: %(default)s)")
     g.add_argument("--concurrency", type=int, default=16, help="requests at once, to a server (default: %(default)s)")
     g.add_argument("--timeout", type=float, default=120, help="seconds a request may take (default: %(default)s)")
@@ -239,8 +239,8 @@ class LocalGenerator:
         toxic = [w for w, p in zip(words, judge(words)) if p >= 0.9] if args.push else []
         begin = len(tokenizer("a", add_special_tokens=False).input_ids)
         spelled = [tokenizer("a " + w, add_special_tokens=False).input_ids[begin:] for w in toxic]
-        parts = {tuple(x[:n]) for x in spelled for n in range(1, len(x) + 1)}  # the next token of a word begun counts as well
-        self.push = SequenceBiasLogitsProcessor({x: args.push for x in parts}) if parts else None
+        parts = {tuple(x[:n]) for x in spelled for n in range(1, len(x) + 1)}  # first tokens, and the next one of a word begun
+        self.push, self.seen = SequenceBiasLogitsProcessor({x: args.push for x in parts}) if parts else None, max(map(len, parts), default=0)
         self.tokens, self.kept, self.prefilled, self.prompted, self.seconds = 0, 0, 0, 0, 0.0
         AttentionInterface.register("shared_prefix", self.attention)
 
@@ -287,7 +287,7 @@ class LocalGenerator:
                 rows, cache, valid, logits = self.join(rows, cache, valid, logits, [ids[i][K:] for i in new], [i * count + j for i in new for j in range(count)], count, K)
             logits = logits.float()
             if push and self.push:
-                logits = self.push(torch.tensor([([-1] * 4 + made[r])[-4:] for r in rows], device=device), logits)
+                logits = self.push(torch.tensor([([-1] * self.seen + made[r])[-self.seen:] for r in rows], device=device), logits)
             top, index = (logits / temperature).topk(50)
             token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
             ended, keep = self.stop[token[:, 0]].tolist(), []
@@ -430,7 +430,7 @@ def overlap(a: str, b: str) -> float:
 def select(seed: str, pools: dict[str, list[dict]], args: argparse.Namespace) -> tuple[list[dict], list[dict], list[dict]]:
     """The mining rule, over scored candidates: positives, negatives, and the rejected with the rule they fell to.
 
-    A candidate must be new and no refusal or prompt leftover, near the seed in length, on its side of the judge,
+    A candidate must be new and no repetition, refusal or prompt leftover, near the seed in length, on its side of the judge,
     and near the seed in meaning. Positives: the most similar to the seed first. Negatives: the nearest in nll to
     the positives' mean first, hard because the model finds them as probable. Then, in that order, near-duplicates of
     kept ones (for positives, of the seed too) fall out, and so does what is over the number to keep."""

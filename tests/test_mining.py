@@ -148,7 +148,7 @@ def test_local_generation_is_the_models_own(mining, options, tiny, batch):
 # resuming and shards
 
 def test_toxic_words_are_pushed(mining, options, tiny):
-    """The words of the judge's vocabulary that it finds toxic, and no others, are favoured, token by token."""
+    """The words of the judge's vocabulary that it finds toxic are favoured, token by token."""
     args = options("--model", tiny, "--dtype", "float32", "--device", "cpu", "--push", 100)
     model, tokenizer = mining.load_lm(str(tiny), args)
     generate = mining.LocalGenerator(model, tokenizer, lambda words: [w in ("stupid", "imbecile") for w in words], args)
