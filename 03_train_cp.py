@@ -211,10 +211,11 @@ def objective(nll: torch.Tensor, store: dict, chosen: torch.Tensor, args: argpar
     if args.phi == "perplexity":
         base = base.exp()
     before = store["nll"][chosen].to(nll.device)
+    J = lambda nll: cp_loss(nll, positive, anchor.to(nll.device), base if args.prototype == "base" else None,  # noqa: E731
+                            alpha=args.alpha, tau=args.tau, phi=args.phi, distance=args.distance)
+    loss, stats = J(nll)
     if args.only == "negatives":  # the paper's ablation: J with the positives as the base has them
-        nll = torch.where(positive, before, nll)
-    loss, stats = cp_loss(nll, positive, anchor.to(nll.device), base if args.prototype == "base" else None,
-                          alpha=args.alpha, tau=args.tau, phi=args.phi, distance=args.distance)
+        loss, _ = J(torch.where(positive, before, nll))
     stats["drift"] = (nll.detach() - before)[positive].mean()  # nats, from the base
     stats["prototype_drift"] = stats["prototype"] - base.mean()
     stats["cp"] = loss.detach().mean()  # -log J alone
@@ -381,13 +382,7 @@ def finish(model, best: dict, filled: list, meta: dict, args: argparse.Namespace
         print(f"merged model: {out}")
 
 
-def set_up(args: argparse.Namespace, store: dict, meta: dict, accelerator: Accelerator):
-    """Model with LoRA, optimizer and schedule, as the saved state of this run has them; and that state."""
-    several = accelerator.num_processes > 1
-    device = accelerator.device if several else args.device
-    if several and args.device == "auto" or args.shard and (not several or meta["dtype"] == "nf4"):
-        fail("--device auto is for one process; --shard for several by torchrun, on a base that is not in 4 bits")
-    base = load_base(meta, args.prototypes, "cpu" if args.shard else device)
+def with_lora(base, args: argparse.Namespace):
     torch.manual_seed(args.seed)
     model = get_peft_model(base, LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"))
     if args.checkpointing:
@@ -396,6 +391,16 @@ def set_up(args: argparse.Namespace, store: dict, meta: dict, accelerator: Accel
     for module in model.modules():  # no dropout, which would differ between a step's passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)
         module.cast_input_dtype_enabled = False  # peft's casts to float32 take half as long as the model; see `mixed`
+    return model
+
+
+def set_up(args: argparse.Namespace, store: dict, meta: dict, accelerator: Accelerator):
+    """Model with LoRA, optimizer and schedule, as the saved state of this run has them; and that state."""
+    several = accelerator.num_processes > 1
+    device = accelerator.device if several else args.device
+    if several and args.device == "auto" or args.shard and (not several or meta["dtype"] == "nf4"):
+        fail("--device auto is for one process; --shard for several by torchrun, on a base that is not in 4 bits")
+    model = with_lora(load_base(meta, args.prototypes, "cpu" if args.shard else device), args)
     if args.shard:
         shard(model, device)
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=args.lr, weight_decay=0.0)

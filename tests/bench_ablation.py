@@ -9,10 +9,11 @@ writes  RUN/ablation/RECIPE.SEED/adapter and report, RUN/ablation/report (stage 
         line a recipe, every figure with its interval, change and seeds), RUN/ablation/plane.png; the table goes to stdout
 
 All recipes take stage 03's steps, LoRA, packing and, but where named, its anchors and draws. Peers' losses replace its
-objective, and their last state is kept, not the one that our criterion likes. After arguments of its own and a `--`
-those of stage 04.
+objective. The last state is kept, not the one that our criterion likes. After arguments of its own and a `--` those of
+stage 04. A run is done again when its options, the prototypes, stage 03 or cp_loss.py are others.
 """
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -74,7 +75,8 @@ def simpo(nll, store, chosen, beta=2.0, gamma=1.0):
 
 def official(nll, store, chosen, alpha=100.0):
     """The released code's arithmetic: phi averaged over the longest sequence's length, one prototype for all positives of two
-    anchors, exp(-distance) as logits, alpha added to the negatives', cross-entropy with every positive a label of 1."""
+    anchors, exp(-distance) as logits, alpha added to the negatives', cross-entropy with every positive a label of 1. Left out:
+    its padding (an EOS) counts here as 0 nats, sentences end in no EOS, and it draws random negatives as well."""
     anchors, losses = store["anchor"][chosen].unique(), []
     count = (store["offsets"][chosen + 1] - store["offsets"][chosen] - store["start"][chosen]).to(nll)
     for two in anchors.split(2):
@@ -87,16 +89,17 @@ def official(nll, store, chosen, alpha=100.0):
     return torch.stack(losses).mean()
 
 
-def random_negatives(store: dict) -> dict:
-    """Every negative's words become those of another sentence's negative; a toxic context's own sentence stays."""
+def random_negatives(store: dict, held: torch.Tensor) -> dict:
+    """Every negative's words become those of another sentence's negative, held-out anchors apart; a toxic context's own
+    sentence stays."""
     ids = [store["input_ids"][a:b] for a, b in zip(store["offsets"], store["offsets"][1:])]
     kind, generator = store["context"][store["anchor"]], torch.Generator().manual_seed(0)
     negative = ~store["is_positive"].bool()
     before = torch.cat([torch.tensor([-1]), torch.where(negative, store["anchor"], -1)[:-1]])
     movable = negative & ((kind < 2) | (before == store["anchor"]))  # all but the first of a toxic context
     new = list(ids)
-    for k in range(3):
-        some = (movable & (kind == k)).nonzero().flatten()
+    for k in range(6):
+        some = (movable & (kind == k % 3) & (torch.isin(store["anchor"], held) == (k < 3))).nonzero().flatten()
         for i, j in zip(some.tolist(), some[torch.randperm(len(some), generator=generator)].tolist()):
             new[i] = torch.cat([ids[i][:store["start"][i]], ids[j][store["start"][j]:]])
     return store | {"input_ids": torch.cat(new), "offsets": torch.tensor([0, *map(len, new)]).cumsum(0)}
@@ -108,13 +111,16 @@ def train(recipe: str, seed: str, run: Path, out: Path) -> None:
     stage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage)
     loss, theirs, validate, read = recipe.split("-")[0], stage.objective, stage.validate, stage.read_store
+    stage.validate = lambda *x: validate(*x) | {"criterion": 0.0}  # the last state
     if peer := {"dpo": dpo, "simpo": simpo, "official": official}.get(loss):
         def objective(nll, store, chosen, args, total=None):
             return peer(nll, store, chosen), theirs(nll.detach(), store, chosen, args, total)[1]
         stage.objective = objective
-        stage.validate = lambda *x: validate(*x) | {"criterion": 0.0}  # the last state
     if recipe == "random-negatives":
-        stage.read_store = lambda path: (random_negatives(read(path)[0]), read(path)[1])
+        def read_store(path):
+            store, meta = read(path)
+            return random_negatives(store, stage.split_anchors(store, meta, stage.options())[1]), meta
+        stage.read_store = read_store
     sys.argv = ["03_train_cp.py", "--run", str(run), "--out", str(out), "--seed", seed, *shlex.split(RECIPES[recipe])]
     stage.main()
 
@@ -131,14 +137,17 @@ def one(recipe: str, seed: int, first: Path, run: Path, threads: int, more: list
     here = run / "ablation" / f"{recipe}.{seed}"
     report = here / "report"
     report.mkdir(parents=True, exist_ok=True)
-    if not (here / "adapter/adapter_model.safetensors").exists():
-        call([__file__, "--run", run, "--train", recipe, seed, here / "adapter"], here / "train.log", threads)
+    made = [run / "prototypes.safetensors", ROOT / "03_train_cp.py", ROOT / "cp_loss.py"]
+    key = hashlib.sha256(repr([RECIPES[recipe], more, *(x.read_bytes() for x in made)]).encode()).hexdigest()
+    if (here / "key").exists() and (here / "key").read_text() == key:
+        return
+    call([__file__, "--run", run, "--train", recipe, seed, here / "adapter"], here / "train.log", threads)  # what is whole is kept
     for name in ("generations.jsonl", "measures.jsonl"):
         if not (report / name).exists() and (first / name).exists():
             shutil.copy(first / name, report / name)
-    if not (report / "report.json").exists():
-        call(["04_evaluate.py", "--run", run, "--adapter", f"{recipe}={here / 'adapter'}", "--out", report, *more], here / "evaluate.log", threads)
-        print(f"{recipe}, seed {seed}: done", flush=True)
+    call(["04_evaluate.py", "--run", run, "--adapter", f"{recipe}={here / 'adapter'}", "--out", report, *more], here / "evaluate.log", threads)
+    (here / "key").write_text(key)
+    print(f"{recipe}, seed {seed}: done", flush=True)
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -157,7 +166,8 @@ def draw(figures: dict, names: list[str], judge: str, out: Path) -> None:
             ax.errorbar(x["value"], y["value"], *(bars if key != "wiki/per_token" else bars[:1]), fmt="o" if n in best else "x", ms=6, color=colour, lw=0.5, alpha=0.8)
             ax.annotate(n, (x["value"], y["value"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
         ax.set(xlabel=what, ylim=(0, 102), title="dots: no other is better on both axes")
-    axes[1].set_xscale("log")
+    if max(f["value"] for f in figures["wiki/per_token"].values()) > 2 * figures["wiki/per_token"]["base"]["value"]:
+        axes[1].set_xscale("log")
     axes[0].set(ylabel=f"toxic or failed rewrites, % (judge: {judge})")
     fig.tight_layout()
     fig.savefig(out, dpi=110)
@@ -166,16 +176,17 @@ def draw(figures: dict, names: list[str], judge: str, out: Path) -> None:
 def results(out: Path, names: list[str]) -> None:
     """All runs' outputs in one report, the lines, the figure and the table."""
     record = json.loads((out / "report/report.json").read_text())
-    figures, judge = record["figures"], sorted({k.split("@")[1] for k in record["figures"] if "@" in k} - {"profanity-check"})[-1]
+    figures, judges = record["figures"], [k.split("@")[1] for k in record["figures"] if k.startswith("rewrite/toxic@")]
+    judge = judges[-1]  # not the one that mined, where there are two
     names = ["base", *names]
     (out / "results.jsonl").write_text("".join(json.dumps({"recipe": n, "options": RECIPES.get(n), "figures": {k: f[n] for k, f in figures.items() if n in f}}) + "\n" for n in names))
     draw(figures, names, judge, out / "plane.png")
-    columns = {"rewrite/toxic@profanity-check": "toxic, word judge", f"rewrite/toxic@{judge}": "toxic", f"rewrite/unsafe@{judge}": "toxic or failed", "rewrite/similarity": "similarity",
-               "rewrite/failed": "failed", "wiki/per_token": "wiki perplexity"}
+    columns = {**{f"rewrite/toxic@{j}": f"toxic, {j}" for j in judges}, f"rewrite/unsafe@{judge}": "the same or failed", "rewrite/similarity": "similarity",
+               "rewrite/clean": "to the input less its toxic words", "rewrite/failed": "failed", "wiki/per_token": "wiki perplexity"}
     print("| | seeds | " + " | ".join(columns.values()) + " |\n" + "| --- " * (len(columns) + 2) + "|")
     for n in names:
         cells = [figures[k][n] for k in columns]
-        text = [f"{f['value']:.2f}" if k == "rewrite/similarity" else f"{f['value']:.1f}" + (f" ±{f['spread']:.1f}" if "spread" in f else "") for k, f in zip(columns, cells)]
+        text = [f"{f['value']:.2f}" if k in ("rewrite/similarity", "rewrite/clean") else f"{f['value']:.1f}" + (f" ±{f['spread']:.1f}" if "spread" in f else "") for k, f in zip(columns, cells)]
         print(f"| {n} | {len(cells[0].get('seeds', [0]))} | " + " | ".join(text) + " |")
 
 
@@ -186,8 +197,11 @@ if __name__ == "__main__":
     p.add_argument("--seeds", type=int, default=3, help="training seeds (default: %(default)s)")
     p.add_argument("--jobs", type=int, default=2, help="runs at once, each on its share of the cores (default: %(default)s)")
     p.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
-    mine, _, more = " ".join(sys.argv[1:]).partition(" -- ")
-    args, more = p.parse_args(mine.split()), more.split()
+    at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, more = p.parse_args(sys.argv[1:at]), sys.argv[at + 1:]
+    args.run = args.run.resolve()
+    if min(args.seeds, args.jobs) < 1:
+        p.error("--seeds and --jobs: give 1 or more")
     if args.train:
         train(args.train[0], args.train[1], args.run, Path(args.train[2]))
         sys.exit()

@@ -4,11 +4,13 @@
     .venv/bin/python tests/bench_training.py           # after `make all` or stage 02
     .venv/bin/python tests/bench_training.py --gap 1   # seconds of training to a gap 1 nat above the base's, each way in a process of its own
 
-Same base in bfloat16, same LoRA, AdamW, sequences drawn alike: stage 03's 7 anchors a step, each with 2 positives and 2
-negatives after the same contexts; ours is the whole step, --utility's two passes over neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose tokens count each time since it computes them
-each time. Real tokens a second leave out padding. A way has a process of its own; memory is its peak above what it
-held with the model loaded. Ways take turns. The gap is stage 03's: negatives' mean phi less positives', here over 12
-held-out anchors, looked at every fourth step with the clock stopped; no warm-up or decay, so that nobody's schedule decides.
+Same base in bfloat16, same LoRA (computed in bfloat16, weights in float32), AdamW, sequences drawn alike: stage 03's 7
+anchors a step, each with 2 positives and 2 negatives after the same contexts. Ours is the whole step, --utility's two
+passes over neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose tokens count each
+time since it computes them each time. Real tokens a second leave out padding. A way has a process of its own; memory is
+its peak above what it held with the model loaded. Ways take turns. The gap is stage 03's: negatives' mean phi less
+positives', here over 12 held-out anchors, looked at every fourth step with the clock stopped; no warm-up or decay, so that
+nobody's schedule decides.
 """
 import argparse
 import importlib.util
@@ -46,7 +48,8 @@ def official(model, store, chosen, args):
     width, start = torch.arange(batch.shape[1]), store["start"][chosen]
     length = torch.tensor([len(x) for x in ids])
     scored = ((width >= start[:, None]) & (width < length[:, None]))[:, 1:].to(model.device)
-    logits = model(batch, attention_mask=(width < length[:, None]).to(model.device), use_cache=False).logits[:, :-1].float()
+    with training.mixed(model):
+        logits = model(batch, attention_mask=(width < length[:, None]).to(model.device), use_cache=False).logits[:, :-1].float()
     token = -logits.log_softmax(-1).gather(2, batch[:, 1:, None])[..., 0]  # (S, L - 1)
     nll = (token * scored).sum(1) / scored.sum(1)
     loss, _ = training.objective(nll, store, chosen, args)
@@ -85,24 +88,20 @@ def measure(way: str, lr: float, run: Path, steps: int, target: float, limit: fl
     args = training.options()
     store, meta = training.read_store(args.prototypes)
     model = training.load_base(meta, args.prototypes, torch.device(args.device))
-    torch.manual_seed(0)
-    lora = training.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     train, val = training.split_anchors(store, meta, args)
     picks = [training.batch(store, train, args, s) for s in range(steps + 1)]
     tokens = [sum(training.lengths(store, c)) for c in picks]
     val = val[torch.randperm(len(val), generator=torch.Generator().manual_seed(0))[:12]]
     before = memory(model.device)
     if kind == "trl":
+        lora = training.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        torch.manual_seed(0)
         return dpo(more, model, lora, lr, store, meta, picks, before, lambda model: Clock(model, store, val, args, target, limit))
-    model = training.get_peft_model(model, lora)
-    if args.checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = training.with_lora(model, args)
     trained = [w for w in model.parameters() if w.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     clock = Clock(model, store, val, args, target, limit)
     for chosen in picks:
-        model.train()
         if kind == "ours":
             training.train_step(model, store, chosen, args, [])
         else:
@@ -151,7 +150,7 @@ def dpo(more: list, model, lora, lr: float, store, meta, picks, before: float, m
     small = pairs if "pairwise" in more else 1  # micro-batches of one pair
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(output_dir=folder, per_device_train_batch_size=pairs // small, gradient_accumulation_steps=small, max_steps=len(picks), learning_rate=lr,
-                           lr_scheduler_type="constant", use_cpu=model.device.type == "cpu", bf16=False, report_to=[], logging_steps=1000, save_strategy="no",
+                           lr_scheduler_type="constant", use_cpu=model.device.type == "cpu", bf16=True, report_to=[], logging_steps=1000, save_strategy="no",
                            disable_tqdm=True, gradient_checkpointing="checkpointing" in more, precompute_ref_log_probs="precomputed" in more, max_length=None)
         trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora, callbacks=[Watch()])
         trainer.train()

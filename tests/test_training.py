@@ -81,12 +81,15 @@ def test_the_objective_by_hand(stage, trained, monkeypatch, only):
         c = sum(phi[i] for i in pos) / len(pos)
         s_pos, s_neg = sum(math.exp(-abs(phi[i] - c)) for i in pos), sum(math.exp(-(phi[i] - c)) for i in neg)
         J.append(-math.log(s_pos / (s_pos + 8 * s_neg)))
-        level += [phi[i] if store["context"][a] == 2 else abs(phi[i] - float(store["nll"][chosen[i]])) for i in pos]
+        level += [float(nll[i]) if store["context"][a] == 2 else abs(float(nll[i]) - float(store["nll"][chosen[i]])) for i in pos]
         if store["context"][a] == 2:  # the seed, and the toxic sentence in the context, are always drawn
             first = [int((store["anchor"] == a).nonzero()[0]), int(((store["anchor"] == a) & (store["is_positive"] == 0)).nonzero()[0])]
             assert set(first) <= set(chosen.tolist())
     want = (sum(J) / len(J) if only != "positives" else 0) + 0.7 * sum(level) / len(level)
-    assert float(module.objective(nll, store, chosen, args)[0]) == pytest.approx(want, rel=1e-6)
+    loss, stats = module.objective(nll, store, chosen, args)
+    assert float(loss) == pytest.approx(want, rel=1e-6)
+    positive = store["is_positive"][chosen].bool()
+    assert float(stats["drift"]) == pytest.approx(float((nll - store["nll"][chosen])[positive].mean()), rel=1e-6)
 
 
 def test_utility_is_the_divergence_from_the_base(stage, trained, tiny, monkeypatch):
@@ -295,6 +298,24 @@ def test_a_base_with_dropout(stage, tiny, tmp_path):
         assert all(torch.allclose(v, adapter(tmp_path / "a")[k], atol=1e-4) for k, v in adapter(tmp_path / out).items())
 
 
+def test_bfloat16_points_where_float32_does(stage, trained, tiny, monkeypatch):
+    """Over a bfloat16 base LoRA computes in bfloat16, with weights and gradients in float32."""
+    stage("03", "--preset", "none")
+    module = stage.modules["03"]
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained)])
+    args = module.options()
+    store, _ = module.read_store(args.prototypes)
+    chosen, grads = module.draw(store, torch.arange(0, 9), args, torch.Generator().manual_seed(0)), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = module.with_lora(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), args)
+        torch.manual_seed(0)
+        weights = [torch.nn.init.normal_(w, std=0.1) for w in model.parameters() if w.requires_grad]
+        module.backward(model, store, chosen, args, (9, int(store["is_positive"][chosen].sum())))
+        assert all(w.dtype == w.grad.dtype == torch.float32 for w in weights)
+        grads.append(torch.cat([w.grad.flatten() for w in weights]))
+    assert torch.cosine_similarity(*grads, dim=0) > 0.99 and 0.9 < grads[1].norm() / grads[0].norm() < 1.1
+
+
 def test_four_bits(stage, tiny, tmp_path, capsys):
     """nf4 by bitsandbytes: both stages see the same weights, and gradients pass through all layers."""
     write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(12)])
@@ -351,12 +372,15 @@ def test_peers_losses_are_their_equations(kind):
 
 def test_random_negatives_change_only_what_they_should(trained):
     store = load_file(trained / "prototypes.safetensors")
-    new = bench_ablation.random_negatives(store)
+    held = torch.tensor([0, 1, 2])
+    new = bench_ablation.random_negatives(store, held)
     parts = [[x["input_ids"][a:b].tolist() for a, b in zip(x["offsets"], x["offsets"][1:])] for x in (store, new)]
     same = torch.tensor([a == b for a, b in zip(*parts)])
     positive, toxic = store["is_positive"].bool(), store["context"][store["anchor"]] == 2
     assert same[positive].all() and same[~positive & ~toxic].float().mean() < 0.2
     assert all(a[:s] == b[:s] for a, b, s in zip(*parts, store["start"]))  # contexts stay
+    apart = [[{tuple(x[s:]) for x, s, a, p in zip(some, store["start"], store["anchor"], positive) if not p and (int(a) in held) == flag} for flag in (True, False)] for some in parts]
+    assert apart[0] == apart[1]  # held-out words stay held out
     for a in range(len(store["context"])):
         first = ((store["anchor"] == a) & ~positive).nonzero()[0]
         assert store["context"][a] < 2 or same[first]  # after a toxic sentence itself
