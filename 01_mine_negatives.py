@@ -11,7 +11,7 @@ writes  runs/default/mined.jsonl a line a seed: {"id", "group", "text", "rounds"
                                  "nll_difference"}, rejected ones with "kind" and "rule"; a killed run resumes
         runs/default/mining.json, mining.png   options, versions, rates, hardness; yield against threshold
 
-    python 01_mine_negatives.py                        # 176 seeds: 6 minutes on 2 CPU cores
+    python 01_mine_negatives.py                        # 176 seeds: 5 minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
     python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model --chunk 256 --shard 1/4
 """

@@ -2,7 +2,7 @@
 of toxicity against similarity and against wiki perplexity.
 
     make ablation                                        # all recipes, three seeds, two at a time; what is done is not done again
-    .venv/bin/python tests/bench_ablation.py --recipes ours paper-nll dpo-1e-4 --seeds 1 -- --tasks none
+    .venv/bin/python tests/bench_ablation.py --recipes ours paper-nll dpo-1e-4 --seeds 1   # with all of stage 04's protocols
 
 reads   RUN/prototypes.safetensors (stage 02's)
 writes  RUN/ablation/RECIPE.SEED/adapter and report, RUN/ablation/report (stage 04's, all together), RUN/ablation/results.jsonl (a
