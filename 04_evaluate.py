@@ -326,6 +326,7 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[\w']+", text.lower())
 
 
+@cache
 def hidden(text: str, mark: str) -> str:
     """Without every word that the judge of words finds toxic alone; with a mark, its first letter and marks stay."""
     words = sorted(set(re.findall(r"\w{3,}", text)))

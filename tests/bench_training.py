@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from bench_ablation import pairs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -122,17 +123,13 @@ def dpo(more: list, model, lora, lr: float, store, meta, picks, before: float, m
     rows, sizes = [], []
     for chosen in picks:  # one step's pairs: each negative with a positive of its anchor
         size = 0
-        for a in store["anchor"][chosen].unique():
-            mine = chosen[store["anchor"][chosen] == a]
-            pos, neg = (mine[store["is_positive"][mine].bool() == flag].tolist() for flag in (True, False))
-            for k, n in enumerate(neg):
-                p = pos[k % len(pos)]
-                text = [tokenizer.decode(store["input_ids"][store["offsets"][i]:store["offsets"][i + 1]][part]) for i in (p, n)
-                        for part in (slice(1, int(store["start"][i])), slice(int(store["start"][i]), None))]
-                rows.append({"prompt": text[0] or tokenizer.bos_token, "chosen": text[1], "rejected": text[3]})
-                size += sum(int(store["offsets"][i + 1] - store["offsets"][i]) for i in (p, n))
+        for p, n in zip(*(chosen[x].tolist() for x in pairs(store, chosen))):
+            text = [tokenizer.decode(store["input_ids"][store["offsets"][i]:store["offsets"][i + 1]][part]) for i in (p, n)
+                    for part in (slice(1, int(store["start"][i])), slice(int(store["start"][i]), None))]
+            rows.append({"prompt": text[0] or tokenizer.bos_token, "chosen": text[1], "rejected": text[3]})
+            size += sum(int(store["offsets"][i + 1] - store["offsets"][i]) for i in (p, n))
         sizes.append(size)
-    pairs, clocks, reference = len(rows) // len(picks), [], []
+    count, clocks, reference = len(rows) // len(picks), [], []
 
     class Watch(transformers.TrainerCallback):
         def on_train_begin(self, *_, model, **__):
@@ -147,9 +144,9 @@ def dpo(more: list, model, lora, lr: float, store, meta, picks, before: float, m
             done = super()._precompute_ref_logps(*args)
             reference.append((time.perf_counter() - began) / len(picks))  # a step's part of it
             return done
-    small = pairs if "pairwise" in more else 1  # micro-batches of one pair
+    small = count if "pairwise" in more else 1  # micro-batches of one pair
     with tempfile.TemporaryDirectory() as folder:
-        config = DPOConfig(output_dir=folder, per_device_train_batch_size=pairs // small, gradient_accumulation_steps=small, max_steps=len(picks), learning_rate=lr,
+        config = DPOConfig(output_dir=folder, per_device_train_batch_size=count // small, gradient_accumulation_steps=small, max_steps=len(picks), learning_rate=lr,
                            lr_scheduler_type="constant", use_cpu=model.device.type == "cpu", bf16=True, report_to=[], logging_steps=1000, save_strategy="no",
                            disable_tqdm=True, gradient_checkpointing="checkpointing" in more, precompute_ref_log_probs="precomputed" in more, max_length=None)
         trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora, callbacks=[Watch()])
