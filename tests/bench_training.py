@@ -4,7 +4,7 @@
     .venv/bin/python tests/bench_training.py           # after `make all` or stage 02
     .venv/bin/python tests/bench_training.py --gap 1   # seconds of training to a gap 1 nat above the base's, each way in a process of its own
 
-Same base in bfloat16, same LoRA (computed in bfloat16, weights in float32), AdamW, sequences drawn alike: stage 03's 7
+Same base in bfloat16, same LoRA (computed in bfloat16, weights in float32), AdamW, sequences drawn alike: 7
 anchors a step, each with 2 positives and 2 negatives after the same contexts. Ours is the whole step, --utility's two
 passes over neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose tokens count each
 time since it computes them each time. Real tokens a second leave out padding. A way has a process of its own; memory is
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench_ablation import pairs
+from bench_ablation import TWO, pairs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -85,7 +85,7 @@ class Clock:
 
 def measure(way: str, lr: float, run: Path, steps: int, target: float, limit: float) -> dict:
     kind, *more = way.split()
-    sys.argv = ["03", "--run", str(run), *(more if kind == "ours" else [])]
+    sys.argv = ["03", "--run", str(run), *TWO.split(), *(more if kind == "ours" else [])]
     args = training.options()
     store, meta = training.read_store(args.prototypes)
     model = training.load_base(meta, args.prototypes, torch.device(args.device))
