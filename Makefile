@@ -138,7 +138,7 @@ $(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/judge.j
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
 
-ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours on the same mined data, three seeds each (about 3 hours on 2 cores)
+ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours on the same mined data, three seeds each (about 4 hours on 2 cores)
 	$(PY) tests/bench_ablation.py --run $(RUN) -- --tasks none --continue 1 --benign-prompts 1
 
 test: .venv/done assets/done data    ## all tests (under 8 minutes on 2 cores)
