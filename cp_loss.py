@@ -15,14 +15,15 @@ of a sentence under the model being tuned and the prototype c = mean of phi over
 
 With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines on packed rows.
 
-Departures from the paper, each a choice of the caller:
+Departures from the paper, each a choice of the caller. Effects: rewrites toxic or failed and similarity to the input
+of the default recipe without it, 36.7% and .47 with all (SmolLM2-135M-Instruct, one seed, README's "Ablation"):
  1. tau divides inside the exponent. As printed, outside of it, it cancels from J.
- 2. phi="nll" is log-perplexity (what the official code uses); phi="perplexity" is the paper's text.
+ 2. phi="nll" is log-perplexity (what the official code uses); phi="perplexity" is the paper's text: 42.5%, .44.
  3. distance="signed" takes phi - c, not |phi - c|, for negatives. The absolute distance rewards making a
-    negative that is already likelier than the prototype (most mined ones are) likelier still.
- 4. `prototype` fixes c, for example to the base model's; None is the paper's, from the positives at hand.
+    negative that is already likelier than the prototype (most mined ones are) likelier still: 90.0%, .87.
+ 4. `prototype` fixes c, for example to the base model's: 33.3%, .42. None is the paper's, from the positives at hand.
  5. phi is a mean over a sequence's own tokens and c over the anchor's own positives. The official code
-    averages over padding and over all positives of the micro-batch.
+    averages over padding and over all positives of the micro-batch; its whole loss: 55.0%, .46.
 """
 import math
 
