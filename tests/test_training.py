@@ -68,7 +68,7 @@ def test_the_objective_by_hand(stage, trained, monkeypatch, only):
     """-log J (signed, alpha 8) and the positives' level: |phi - the base's|, or phi itself after a toxic sentence."""
     stage("03", "--preset", "none")
     module = stage.modules["03"]
-    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--alpha", "8", "--hold", "0.7", *(["--only", only] if only else [])])
+    monkeypatch.setattr(sys, "argv", ["03", "--run", str(trained), "--alpha", "8", "--hold", "0.7", "--positives", "2", *(["--only", only] if only else [])])
     args = module.options()
     store, _ = module.read_store(args.prototypes)
     chosen = module.draw(store, torch.arange(0, 9), args, torch.Generator().manual_seed(0))
@@ -256,7 +256,7 @@ def test_both_drifts_count_in_the_criterion(stage, trained, monkeypatch, context
 
 def test_the_best_state_is_kept(stage, fresh):
     run, _ = fresh
-    assert stage("03", "--run", run, *OPTIONS, "--steps", 12, "--lr", 3, "--every", 1, "--warmup", 0, "--hold", 0, "--utility", 0) == 0
+    assert stage("03", "--run", run, *OPTIONS, "--steps", 12, "--lr", 3, "--every", 1, "--warmup", 0, "--hold", 0, "--utility", 0, "--positives", 2) == 0
     rows = [r for r in lines(run / "metrics.jsonl") if r["split"] == "validation"]
     best = torch.load(run / "adapter/state.pt", weights_only=True)["best"]
     assert best["criterion"] == min(r["criterion"] for r in rows) and best["step"] < 12  # it overshoots
