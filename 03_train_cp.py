@@ -11,7 +11,7 @@ writes  runs/default/adapter/   PEFT adapter (safetensors), run.json (options, v
         runs/default/metrics.jsonl  a line a step; validation lines have "split": "validation"
         runs/default/merged/    with --merge: the whole model, for plain transformers or vLLM
 
-    python 03_train_cp.py                        # 3 minutes on 2 CPU cores, 3.7 GB
+    python 03_train_cp.py                        # 3 minutes on 2 CPU cores, 3.5 GB
     python 03_train_cp.py --preset paper         # the paper's objective and settings
     torchrun --nproc-per-node 8 -- 03_train_cp.py  # anchors spread over processes, the same trajectory
     torchrun --nproc-per-node 8 -- 03_train_cp.py --shard  # for a base that one device can't hold

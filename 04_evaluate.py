@@ -17,7 +17,7 @@ writes  runs/default/report/  report.md, *.png, report.json (every figure: value
         generations.jsonl (every output, raw scores), measures.jsonl; what is kept there is not computed again.
         The adapter's README.md: a model card
 
-    python 04_evaluate.py                                    # 5 minutes on 2 CPU cores
+    python 04_evaluate.py                                    # 6 minutes on 2 CPU cores
     python 04_evaluate.py --adapter ours=a ours=b dpo=c      # a and b: seeds of one recipe; any PEFT adapter
     python 04_evaluate.py --rescore --threshold 0.8          # from what is kept; another --judge likewise
     python 04_evaluate.py --rewrite 8 --continue 8 --benign-prompts 8 --items 8 --k 2   # a tiny run

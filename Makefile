@@ -11,7 +11,7 @@ START := $(shell date +%s)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adapter, report (about 18 minutes on 2 cores)
+all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adapter, report (about 19 minutes on 2 cores)
 	@echo "make all: $$(( $$(date +%s) - $(START) )) s; report: $(RUN)/report/report.md"
 
 setup: .venv/done               ## .venv with the pinned requirements
