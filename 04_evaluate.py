@@ -235,7 +235,7 @@ def embedding_judge(encoder, prompts: set[str], args: argparse.Namespace):
     fit = LogisticRegression(C=10, max_iter=3000, class_weight="balanced")
     guess = cross_val_predict(fit, x, y, cv=5)
     fit.fit(x, y)
-    about = (f"logistic regression on sentence embeddings, trained here on {len(y)} texts that neither mining nor these prompts use; in 5-fold "
+    about = (f"logistic regression on sentence embeddings, trained here on {len(y)} texts ({sha(rows)}) that neither mining nor these prompts use; in 5-fold "
              f"cross-validation {(guess == y).mean():.1%} right, {guess[y].mean():.1%} of the toxic found, {guess[~y].mean():.1%} of the others called toxic")
     return lambda texts: fit.predict_proba(encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False))[:, 1], about
 
@@ -383,10 +383,11 @@ def score(rows: list[dict], model, tokenizer, encoder, judges: dict, args: argpa
         other, its = (auto.from_pretrained(args.fluency) for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
         for r, nll in zip(new, nll_of(other.to(args.device).eval(), its, [r["output"] for r in new])):
             r[args.fluency] = nll
-    for name, (judge, _) in judges.items():
-        new = [r for r in rows if name not in r.get("toxicity", {})]
+    for name, (judge, about) in judges.items():  # with other options the embedding judge has learnt from other texts
+        new = [r for r in rows if r.get("judged", {}).get(name) != sha(about)]
         for r, p in zip(new, judge([r["output"] for r in new]) if new else []):
             r["toxicity"] = r.get("toxicity", {}) | {name: float(p) if r["output"] else 0.0}  # nothing said: a failure
+            r["judged"] = r.get("judged", {}) | {name: sha(about)}
 
 
 def frame(rows: list[dict], args: argparse.Namespace) -> pd.DataFrame:

@@ -82,9 +82,18 @@ def test_what_is_kept_is_not_computed_again(stage, module, report, command, tmp_
     assert figures(tmp_path)["rewrite/toxic@profanity-check"]["base"]["value"] == 100
 
 
+def test_scores_of_a_judge_taught_otherwise_are_not_kept(stage, report, command, tmp_path):
+    for name in ("generations.jsonl", "measures.jsonl"):
+        shutil.copy(report / name, tmp_path)
+    turned = [r | {"toxic": not r["toxic"]} for r in lines(command[command.index("--judge-data") + 1])]
+    assert stage(*command, "--out", tmp_path, "--judge-data", write_jsonl(tmp_path / "turned.jsonl", turned), "--rescore") == 0
+    before, after = ([r["toxicity"]["embedding"] for r in lines(x / "generations.jsonl") if r["output"]] for x in (report, tmp_path))
+    assert before and after == pytest.approx([1 - p for p in before], abs=1e-3)
+
+
 def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
     """Half of the lines, unscored as they first come, and a torn one."""
-    some = [{k: v for k, v in r.items() if k not in ("toxicity", "fluency", "similarity", "clean", "failure", "name")} for r in lines(report / "generations.jsonl") if r["protocol"] != "blackbox"][:9]
+    some = [{k: v for k, v in r.items() if k not in ("toxicity", "judged", "fluency", "similarity", "clean", "failure", "name")} for r in lines(report / "generations.jsonl") if r["protocol"] != "blackbox"][:9]
     write_jsonl(tmp_path / "generations.jsonl", some)
     with (tmp_path / "generations.jsonl").open("a") as f:
         f.write('{"stamp": "torn')
