@@ -275,7 +275,8 @@ def generate(model, tokenizer, cases: list[dict], k: int, temperature: float, on
         torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
         batch = tokenizer([bos + cases[i]["prompt"] for i in some], return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
         prompts, mask = transformers.DynamicCache(config=model.config), batch.attention_mask
-        model(batch.input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=prompts, logits_to_keep=1)
+        model(batch.input_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1], past_key_values=prompts,
+              logits_to_keep=mask.new_tensor([-1]))  # 1 would be a view, over which torch copies the head for every row in bfloat16
         prompts.batch_repeat_interleave(k)
         ids = model.generate(batch.input_ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0), past_key_values=prompts, do_sample=True, top_k=0,
                              logits_processor=[Nucleus(temperature)], eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max(cases[i]["limit"] for i in some))

@@ -41,7 +41,7 @@ RECIPES = {  # stage 03's options; the first of the peers' names is their loss
     "ours": "",
     "no-utility": "--utility 0", "no-hold": "--hold 0", "absolute": "--distance absolute", "base-prototype": "--prototype base",
     "bare-only": "--context none", "perplexity": "--phi perplexity", "alpha-1": "--alpha 1",
-    "paper-nll": f"{PAPER} --phi nll", "paper-perplexity": PAPER,
+    "paper-nll": f"{PAPER} --phi nll", "paper-nll-1e-4": f"{PAPER} --phi nll --lr 1e-4", "paper-perplexity": PAPER,
     "positives-only": "--only positives --utility 0", "negatives-only": f"--only negatives {PLAIN}",
     "one-each": "--anchors 14 --positives 1 --negatives 1", "seven-each": "--anchors 2 --positives 7 --negatives 7",  # as many sequences a step
     "random-negatives": "",
@@ -132,7 +132,7 @@ def call(command: list, log: Path, threads: int) -> None:
     with log.open("w") as f:
         done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=f, stderr=f, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if done.returncode:
-        sys.exit(f"{log}: failed; its end says why")
+        sys.exit(f"{log}: failed, status {done.returncode}; its end says why" + " (killed: for want of memory? --jobs 1 needs less)" * (done.returncode < 0))
 
 
 def one(recipe: str, seed: int, first: Path, run: Path, threads: int, more: list[str]) -> None:
