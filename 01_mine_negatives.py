@@ -263,7 +263,7 @@ class LocalGenerator:
         causal = torch.ones(Q, T, dtype=torch.bool, device=ids.device).tril(T - Q)
         position = (past + valid.cumsum(1)[:, -Q:] - 1).clamp(min=0)
         return self.model(ids, attention_mask=valid[:, None, None] & causal, position_ids=position, past_key_values=cache,
-                          use_cache=True, logits_to_keep=1).logits[:, -1]
+                          use_cache=True, logits_to_keep=ids.new_tensor([-1])).logits[:, -1]  # 1 gives a view, which costs a copy of the head a row
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], limits: list[int], count: int, temperature: float, push: bool = False) -> list[list[str]]:
