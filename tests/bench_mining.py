@@ -29,12 +29,14 @@ spec.loader.exec_module(mining)
 def plain(model, tokenizer, prompts, limits, count, stop):
     """Useful tokens of count samples of each prompt, in batches of like length."""
     useful, rows = 0, sorted((p for p in prompts for _ in range(count)), key=len)
+    whole = model.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))  # a view has torch copy the head for every row
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for i in range(0, len(rows), 96):
         batch = tokenizer(rows[i:i + 96], return_tensors="pt", padding=True)
         out = model.generate(**batch, do_sample=True, temperature=0.7, top_k=50, max_new_tokens=max(limits), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
         for text in tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True):
             useful += len(tokenizer(text.split("\n")[0]).input_ids) if "\n" in text else 0
+    whole.remove()
     return useful
 
 
