@@ -385,10 +385,11 @@ def score(rows: list[dict], model, tokenizer, encoder, judges: dict, args: argpa
         for r, nll in zip(new, nll_of(other.to(args.device).eval(), its, [r["output"] for r in new])):
             r[args.fluency] = nll
     for name, (judge, about) in judges.items():  # with other options the embedding judge has learnt from other texts
-        new = [r for r in rows if r.get("judged", {}).get(name) != sha(about)]
+        stamp = sha(about)
+        new = [r for r in rows if r.get("judged", {}).get(name) != stamp]
         for r, p in zip(new, judge([r["output"] for r in new]) if new else []):
             r["toxicity"] = r.get("toxicity", {}) | {name: float(p) if r["output"] else 0.0}  # nothing said: a failure
-            r["judged"] = r.get("judged", {}) | {name: sha(about)}
+            r["judged"] = r.get("judged", {}) | {name: stamp}
 
 
 def frame(rows: list[dict], args: argparse.Namespace) -> pd.DataFrame:
