@@ -1,185 +1,288 @@
 #!/usr/bin/env python
-"""Stage 02: tokenise the mined sets and compute phi and the prototypes under the base model (section 3.1).
+"""Stage 02: tokenise the mined sets, and phi and prototypes under the base model (section 3.1).
 
-phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is one). Each
-mined line becomes anchors of up to three kinds, by --context:
-  none    the paper's: bare sentences. The context is the BOS alone (the EOS where a tokenizer has none).
+phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is
+one). Each mined line becomes anchors of up to three kinds, by --context:
+  none    the paper's: bare sentences. The context is the BOS alone (the EOS where there is none).
   seed    after "Paraphrase: <seed>": positives and negatives as mined.
-  toxic   after "Paraphrase: <one of its own negatives>": positives as mined, with the seed; negatives are the
-          other toxic sentences and that sentence itself, so that copying it counts against the model.
+  toxic   after "Paraphrase: <one of its own negatives>": positives as mined, with the seed;
+          negatives are the other toxic sentences and that sentence itself, so that copying it
+          counts against the model. The seed and that sentence are `required`: always drawn.
 
-reads   runs/default/mined.jsonl
-writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,) where phi begins,
-        anchor (S,), is_positive (S,), nll (S,), prototype (A,), seed (A,) the mined line, context (A,) 0/1/2;
-        metadata: format, model, model_sha256, tokenizer_sha256, phi, prompt, contexts, dtype, mined_sha256
+reads   runs/default/mined*.jsonl
+writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,)
+        where phi begins, anchor (S,) ascending, is_positive (S,), required (S,), nll (S,),
+        prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
+        (A,) 0/1/2; metadata: format, model,
+        load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
+        phi, prompt, contexts
 
-    python 02_build_prototypes.py                   # 3 minutes on 2 CPU cores
-    python 02_build_prototypes.py --context none    # the paper's anchors
+    python 02_build_prototypes.py                   # 1½ minutes on 2 CPU cores
+    python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
 """
+
 import argparse
 import hashlib
 import json
-import os
+import math
 import sys
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, logging
+from transformers.utils import logging
 
-from cp_loss import check_model, model_nll
+from cp_loss import (
+    best_device,
+    best_dtype,
+    encode,
+    fingerprint,
+    load_model,
+    model_nll,
+    sequence_nll,
+)
 
-FORMAT = "cp-prototypes-1"
+FORMAT = "cp-prototypes-2"
 CONTEXTS = ("none", "seed", "toxic")
+NF4 = {  # as from_pretrained takes it; the paper's precision
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+class Help(
+    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+):
+    pass
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def options() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run (default: %(default)s)")
-    p.add_argument("--mined", type=Path, nargs="+", help="mined files, in any order; default: RUN/mined*.jsonl")
-    p.add_argument("--out", type=Path, help="default: RUN/prototypes.safetensors")
-    p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM: path or hub id (default: %(default)s)")
-    p.add_argument("--context", nargs="+", choices=CONTEXTS, default=list(CONTEXTS), help="which anchors to make (paper: none; default: all)")
-    p.add_argument("--toxic-contexts", type=int, default=3, help="anchors after a toxic sentence that a mined line has at most (ours; default: %(default)s)")
-    p.add_argument("--close", type=float, default=0.65, help="least similarity to its seed of a positive, if any has it, and of a toxic context (ours; default: %(default)s)")
-    p.add_argument("--prompt", default="Sentence: {}\nParaphrase:", help="context of seed and toxic anchors; stage 04 rewrites with it (ours)")
-    p.add_argument("--max-tokens", type=int, default=1024, help="tokens computed at once; more on a GPU (default: %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="auto: layers spread over all devices (default: %(default)s)")
-    p.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "nf4"], help="of the base, in stages 03 and 04 too; nf4 needs bitsandbytes (default: %(default)s)")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p.error = fail
+    p.add_argument(
+        "--run", type=Path, default=Path("runs/default"), help="folder of this run"
+    )
+    p.add_argument("--mined", type=Path, nargs="+", help="instead of RUN/mined*.jsonl")
+    p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
+    p.add_argument(
+        "--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id"
+    )
+    p.add_argument(
+        "--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none"
+    )
+    p.add_argument(
+        "--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)"
+    )
+    p.add_argument(
+        "--positives", type=positive, default=2, help="an anchor's at most; 03 draws 1"
+    )
+    p.add_argument(
+        "--negatives", type=positive, default=3, help="an anchor's at most; 03 draws 2"
+    )
+    p.add_argument(
+        "--close",
+        type=float,
+        default=0.65,
+        help="similarity to its seed of a positive, if any has it, and of a toxic context (ours)",
+    )
+    p.add_argument(
+        "--prompt",
+        default="Sentence: {}\nParaphrase:",
+        help="context of seed and toxic anchors; stage 04 rewrites with it (ours)",
+    )
+    p.add_argument(
+        "--validation", type=float, default=0.1, help="share of mined lines held out"
+    )
+    p.add_argument(
+        "--max-tokens", type=positive, default=1024, help="at once; more on a GPU"
+    )
+    p.add_argument(
+        "--device", default=best_device(), help="auto: layers over all devices"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32", "nf4"],
+        help="of the base, in stages 03 and 04 too; default: the faster (paper: 4 bits)",
+    )
     args = p.parse_args()
-    args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
-    args.out = args.out or args.run / "prototypes.safetensors"
     if "{}" not in args.prompt:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
+    args.mined = (
+        args.mined
+        or sorted(args.run.glob("mined*.jsonl"))
+        or [args.run / "mined.jsonl"]
+    )
+    args.out = args.out or args.run / "prototypes.safetensors"
+    args.dtype = args.dtype or best_dtype(
+        best_device() if args.device == "auto" else args.device
+    )
     return args
 
 
-def fail(message: str) -> None:
+def fail(message) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def precision(dtype: str) -> dict:
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    return {"dtype": torch.bfloat16, "quantization_config": nf4} if dtype == "nf4" else {"dtype": getattr(torch, dtype)}
-
-
 def read_mined(paths: list[Path]) -> list[dict]:
-    lines, seen = [], set()
+    """All lines, by id, so that parts give the same store in any order."""
+    lines = {}
     for path in paths:
         if not path.is_file():
             fail(f"{path} not found: run 01_mine_negatives.py first")
         for n, text in enumerate(path.open(encoding="utf-8"), 1):
             try:
                 line = json.loads(text)
-                line["id"], [p["text"] for p in line["positives"]], [p["text"] for p in line["negatives"]], line["text"]
+                [x["text"] for x in (line, *line["positives"], *line["negatives"])]
+                known = lines.setdefault(line["id"], line)
             except (ValueError, KeyError, TypeError):
-                fail(f"{path}:{n}: not a line of stage 01: mend or delete it (a torn last line: run stage 01 again)")
-            if line["id"] in seen:
+                fail(
+                    f"{path}:{n}: not a line of stage 01: delete it, or run stage 01 again"
+                )
+            if known is not line:
                 fail(f"{path}:{n}: id {line['id']!r} stands more than once: delete one")
-            seen.add(line["id"])
-            lines.append(line)
-    if not lines:
-        fail(f"{paths[0]} is empty: run 01_mine_negatives.py again")
-    return sorted(lines, key=lambda x: str(x["id"]))  # so that shards give the same store in any order
+    return [lines[name] for name in sorted(lines, key=str)]
 
 
-def make_anchors(line: dict, args: argparse.Namespace) -> list[tuple[str, str, list[str], list[str]]]:
-    """(context kind, context sentence, positives, negatives) of each anchor of a mined line."""
-    near = lambda some: [c["text"] for c in some if c.get("similarity", 1) >= args.close]  # noqa: E731
-    clean, toxic = near(line["positives"]) or [line["positives"][0]["text"]], [c["text"] for c in line["negatives"]]
-    anchors = []
-    if "none" in args.context:
-        anchors.append(("none", "", clean, toxic))
-    if "seed" in args.context:
-        anchors.append(("seed", line["text"], clean, toxic))
-    if "toxic" in args.context:
-        closest = near(sorted(line["negatives"], key=lambda c: -c["similarity"]))[:args.toxic_contexts]
-        anchors += [("toxic", c, [line["text"], *clean], [c, *(x for x in toxic if x != c)]) for c in closest]  # the first of each: always drawn
-    return anchors
+def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]:
+    """(number of its mined line, kind, sentence in the context, positives, negatives) of each."""
+
+    def near(candidates: list[dict]) -> list[str]:
+        return [c["text"] for c in candidates if c.get("similarity", 1) >= args.close]
+
+    if not line["positives"] or not line["negatives"]:
+        return []
+    clean = near(line["positives"]) or [line["positives"][0]["text"]]
+    toxic = [c["text"] for c in line["negatives"]]
+    anchors = [
+        (seed, "none", "", clean, toxic),
+        (seed, "seed", line["text"], clean, toxic),
+    ]
+    closest_first = sorted(line["negatives"], key=lambda c: -c.get("similarity", 1))
+    for text in near(closest_first)[: args.toxic_contexts]:
+        others = [x for x in toxic if x != text]
+        anchors.append((seed, "toxic", text, [line["text"], *clean], [text, *others]))
+    return [a for a in anchors if a[1] in args.context]
 
 
-def tokenise(anchors: list, tokenizer, prompt: str) -> tuple[list[torch.Tensor], list[int]]:
-    """Token ids of every sequence in order, and where phi begins in each."""
-    first = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    newline = tokenizer("\n", add_special_tokens=False).input_ids
-    ids, start = [], []
-    for kind, context, positives, negatives in anchors:
-        for text in positives + negatives:
-            if kind == "none":
-                before, after = first, tokenizer(text, add_special_tokens=False).input_ids
-            else:  # the newline that ends a paraphrase counts, so that ending is learnt too
-                before = first + tokenizer(prompt.format(context), add_special_tokens=False).input_ids
-                after = tokenizer(" " + text, add_special_tokens=False).input_ids + newline
-            ids.append(torch.tensor(before + after, dtype=torch.int32))
-            start.append(len(before))
-    return ids, start
+def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple:
+    """ids, start, anchor, is_positive, required: a tuple each, a sequence's at the same place."""
+    rows = []
+    for number, (_, kind, context, positives, negatives) in enumerate(anchors):
+        sets = (
+            (True, positives[: args.positives]),
+            (False, negatives[: args.negatives]),
+        )
+        for is_positive, texts in sets:
+            for text in texts:
+                if kind == "none":
+                    ids, start = encode(tokenizer, text)
+                else:  # the newline that ends a paraphrase counts, so that ending is learnt too
+                    ids, start = encode(
+                        tokenizer, f" {text}\n", args.prompt.format(context)
+                    )
+                required = kind == "toxic" and text == texts[0]
+                rows.append((ids, start, number, is_positive, required))
+    return tuple(zip(*rows))
 
 
-def describe(name: str, values: np.ndarray) -> str:
-    q = np.percentile(values, [5, 25, 50, 75, 95])
-    return f"  {name:10s} n {len(values):5d}  mean {values.mean():5.2f}  5/25/50/75/95%: " + " ".join(f"{x:5.2f}" for x in q)
+@torch.no_grad()
+def base_phi(model, ids: list, start: list, max_tokens: int) -> torch.Tensor:
+    nll = []
+    with tqdm(total=len(ids), desc="phi", unit="sequence") as bar:
+        for i in range(0, len(ids), 64):
+            some = slice(i, i + 64)
+            nll.append(
+                model_nll(model, ids[some], start[some], max_tokens).float().cpu()
+            )
+            bar.update(len(nll[-1]))
+    return torch.cat(nll)
+
+
+def hold_out(seed: torch.Tensor, share: float) -> torch.Tensor:
+    """Which anchors (A,) are of the mined lines that only validate."""
+    lines = seed.unique()
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))
+    return torch.isin(seed, lines[order[: math.ceil(len(lines) * share)]])
+
+
+def sha256(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def describe(model, tokenizer, args: argparse.Namespace) -> dict[str, str]:
+    """The store's metadata."""
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "contexts": " ".join(CONTEXTS),
+        "format": FORMAT,
+        "mined_sha256": sha256(*(p.read_bytes() for p in sorted(args.mined))),
+        "model": args.model,
+        "model_sha256": fingerprint(model.named_parameters()),
+        "phi": "nll: mean nats per token from `start` on, the first given a BOS (EOS if none)",
+        "prompt": args.prompt,
+        "tokenizer_sha256": sha256(vocabulary.encode()),
+    }
 
 
 def main() -> None:
     args = options()
     lines = read_mined(args.mined)
-    usable = [(i, x) for i, x in enumerate(lines) if x["positives"] and x["negatives"]]
-    if not usable:
-        fail(f"{args.mined[0]}: no anchor has both positives and negatives: loosen stage 01's --similar or --toxic")
-    print(f"{len(usable)} of {len(lines)} mined lines have positives and negatives; the others are left out")
+    anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
+    if not anchors:
+        fail(
+            f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar"
+        )
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    how = {"dtype": args.dtype}
+    if args.dtype == "nf4":
+        how = {"dtype": "bfloat16", "quantization_config": NF4}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, device_map="auto" if args.device == "auto" else {"": args.device}, **precision(args.dtype)).eval()
-        for module in model.modules():  # bitsandbytes would repack for CPU inference; stage 03 can't train such weights
-            module.support_avx512bf16_for_cpu = False
-        check_model(model)
-    except (OSError, ValueError, ImportError) as err:
-        fail(f"{args.model}: {str(err).splitlines()[0]}")
+        model, tokenizer = load_model(args.model, args.device, **how)
+    except ValueError as err:
+        fail(err)
+    print(
+        f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}"
+    )
 
-    anchors, seed = [], []
-    for i, line in usable:
-        made = make_anchors(line, args)
-        anchors, seed = anchors + made, seed + [i] * len(made)
-    ids, start = tokenise(anchors, tokenizer, args.prompt)
-    is_positive = torch.tensor([flag for _, _, p, n in anchors for flag in [True] * len(p) + [False] * len(n)])
-    anchor = torch.tensor([a for a, (_, _, p, n) in enumerate(anchors) for _ in p + n])
-    nll = []
-    with torch.no_grad():
-        for i in tqdm(range(0, len(ids), 64), desc="phi", unit="x64 sequences"):
-            nll.append(model_nll(model, ids[i:i + 64], start[i:i + 64], args.max_tokens).float().cpu())
-    nll = torch.cat(nll)
-    total = torch.zeros(len(anchors)).index_add(0, anchor[is_positive], nll[is_positive])
-    prototype = total / torch.bincount(anchor[is_positive])
-
-    tensors = {"input_ids": torch.cat(ids), "offsets": torch.tensor([0, *np.cumsum([len(x) for x in ids])]),
-               "start": torch.tensor(start, dtype=torch.int32), "anchor": anchor, "is_positive": is_positive, "nll": nll,
-               "prototype": prototype, "seed": torch.tensor(seed), "context": torch.tensor([CONTEXTS.index(a[0]) for a in anchors])}
-    # the base weights' fingerprint, made alike in stage 03
-    fingerprint = hashlib.sha256(repr([(k, torch.hash_tensor(w).item()) for k, w in model.named_parameters()]).encode()).hexdigest()
-    metadata = {"format": FORMAT, "model": args.model, "model_sha256": fingerprint, "dtype": args.dtype,
-                "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest(),
-                "phi": "nll: mean nats per token from `start` on, first token given BOS (EOS if none)",
-                "prompt": args.prompt, "contexts": " ".join(CONTEXTS),
-                "mined_sha256": hashlib.sha256(b"".join(p.read_bytes() for p in sorted(args.mined))).hexdigest()}
+    ids, start, anchor, is_positive, required = tokenise(anchors, tokenizer, args)
+    nll = base_phi(model, ids, start, args.max_tokens)
+    anchor, good = torch.tensor(anchor), torch.tensor(is_positive)
+    seed = torch.tensor([a[0] for a in anchors])
+    kinds = [a[1] for a in anchors]
+    store = {
+        "input_ids": torch.cat(ids).int(),
+        "offsets": torch.tensor([0, *map(len, ids)]).cumsum(0),
+        "start": torch.tensor(start, dtype=torch.int32),
+        "anchor": anchor,
+        "is_positive": good,
+        "required": torch.tensor(required),
+        "nll": nll,
+        "prototype": sequence_nll(nll[good], anchor[good], len(anchors)),
+        "seed": seed,
+        "held_out": hold_out(seed, args.validation),
+        "context": torch.tensor([CONTEXTS.index(k) for k in kinds]),
+    }
+    metadata = describe(model, tokenizer, args) | {"load": json.dumps(how)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     aside = args.out.with_suffix(".tmp")
-    save_file(tensors, aside, metadata)
-    os.replace(aside, args.out)
-
-    above = nll < prototype[anchor]
-    for k, kind in enumerate(CONTEXTS):
-        mine = (tensors["context"] == k)[anchor]
-        if mine.any():
-            print(f"\ncontext {kind}: {int((tensors['context'] == k).sum())} anchors; phi in nats per token")
-            print(describe("positives", nll[mine & is_positive].numpy()))
-            print(describe("negatives", nll[mine & ~is_positive].numpy()))
-            print(f"  negatives more probable than their prototype: {above[mine & ~is_positive].float().mean():.1%}")
-    print(f"\n{len(ids)} sequences, {len(tensors['input_ids'])} tokens; {args.out}")
+    save_file(store, aside, metadata)
+    aside.replace(args.out)
+    columns = {"context": [kinds[a] for a in anchor], "positive": good, "phi": nll}
+    table = pd.DataFrame(columns).groupby(["context", "positive"]).phi
+    print(table.describe(percentiles=[0.05, 0.5, 0.95]).round(2).to_string())
+    print(f"{len(ids)} sequences, {len(store['input_ids'])} tokens; {args.out}")
 
 
 if __name__ == "__main__":
@@ -187,4 +290,4 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
-        raise SystemExit(130)
+        raise SystemExit(130) from None

@@ -1,8 +1,10 @@
-"""A tiny random Llama with the default model's tokenizer, mined sets written by hand, and the scripts as modules."""
+"""A tiny random Llama with the default model's tokenizer, mined sets, the scripts as modules."""
+
 import importlib.util
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 REAL = ROOT / "assets/SmolLM2-135M-Instruct"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 NAMES = ["Mara", "Ivo", "Petra", "Otis", "Lena", "Hugo"]
-STAGES = {"01": "01_mine_negatives", "02": "02_build_prototypes", "03": "03_train_cp", "04": "04_evaluate"}
+STAGES = {
+    "01": "01_mine_negatives",
+    "02": "02_build_prototypes",
+    "03": "03_train_cp",
+    "04": "04_evaluate",
+}
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -23,12 +30,24 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def mined_line(i: int) -> dict:
+    def candidate(text: str, toxicity: float) -> dict:
+        return {"text": text, "toxicity": toxicity, "similarity": 0.8, "nll": 5.0}
+
     name = NAMES[i % len(NAMES)]
-    entry = lambda text, toxic: {"text": text, "toxicity": toxic, "similarity": 0.8, "nll": 5.0}  # noqa: E731
-    return {"id": f"s{i}", "group": None, "text": f"{name} walked {i} miles to the lake.",
-            "positives": [entry(f"{name} went {i} miles to the lake on foot.", 0.01), entry(f"To the lake {name} walked {i} miles.", 0.01)],
-            "negatives": [entry(f"That idiot {name} walked {i} miles to the lake.", 0.9), entry(f"{name}, the stupid fool, walked {i} miles.", 0.9),
-                          entry(f"The dumb jerk {name} walked to the lake.", 0.9)]}
+    return {
+        "id": f"s{i}",
+        "group": None,
+        "text": f"{name} walked {i} miles to the lake.",
+        "positives": [
+            candidate(f"{name} went {i} miles to the lake on foot.", 0.01),
+            candidate(f"To the lake {name} walked {i} miles.", 0.01),
+        ],
+        "negatives": [
+            candidate(f"That idiot {name} walked {i} miles to the lake.", 0.9),
+            candidate(f"{name}, the stupid fool, walked {i} miles.", 0.9),
+            candidate(f"The dumb jerk {name} walked to the lake.", 0.9),
+        ],
+    }
 
 
 def lines(path):
@@ -49,39 +68,69 @@ def tiny(tmp_path_factory) -> Path:
     """Folder of a 2-layer random Llama that shares the default model's tokenizer."""
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=49152, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                                      num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    config = transformers.LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     model = transformers.LlamaForCausalLM(config)
-    with torch.no_grad():  # it says "\n" about every sixth token, so that its rewrites end
+    with (
+        torch.no_grad()
+    ):  # it says "\n" about every sixth token, so that its rewrites end
         model.model.embed_tokens.weight[:, 0], model.lm_head.weight[198, 0] = 1.0, 0.4
     model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(REAL).save_pretrained(path)
     return path
 
 
-@pytest.fixture(scope="session")
-def stage():
-    """stage("02", "--run", x): runs the script's own main() in this process and returns its exit status."""
-    modules = {}
+class Stages:
+    """stages("02", "--run", x) runs the script's own main() in this process and returns its exit
+    status; stages.module("02") is the script as a module."""
 
-    def run(number: str, *options) -> int:
-        import sys
-        if number not in modules:
-            spec = importlib.util.spec_from_file_location("stage" + number, ROOT / f"{STAGES[number]}.py")
-            modules[number] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(modules[number])
+    def __init__(self):
+        self.modules = {}
+
+    def module(self, number: str):
+        if number not in self.modules:
+            path = ROOT / f"{STAGES[number]}.py"
+            spec = importlib.util.spec_from_file_location("stage" + number, path)
+            self.modules[number] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(self.modules[number])
+        return self.modules[number]
+
+    def __call__(self, number: str, *options) -> int:
+        main = self.module(number).main
         before, sys.argv = sys.argv, [STAGES[number], *map(str, options)]
         try:
-            modules[number].main()
+            main()
             return 0
         except SystemExit as stop:
             return stop.code or 0
         finally:
             sys.argv = before
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # stage 03 takes it over
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # stage 03 takes it over
 
-    run.modules = modules
-    return run
+    def options(self, number: str, *options):
+        """What the script makes of these options."""
+        module = self.module(number)
+        before, sys.argv = sys.argv, [STAGES[number], *map(str, options)]
+        try:
+            return module.options()
+        finally:
+            sys.argv = before
+
+
+@pytest.fixture(scope="session")
+def stage() -> Stages:
+    return Stages()
 
 
 @pytest.fixture(scope="session")
@@ -90,5 +139,10 @@ def trained(tiny, stage, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run")
     write_jsonl(run / "mined.jsonl", [mined_line(i) for i in range(12)])
     assert stage("02", "--run", run, "--model", tiny, "--dtype", "float32") == 0
-    assert stage("03", "--run", run, "--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2) == 0
+    assert (
+        stage(
+            "03", "--run", run, "--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2
+        )
+        == 0
+    )
     return run

