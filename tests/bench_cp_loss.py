@@ -1,18 +1,22 @@
 """linear_nll against its peers: forward + backward of the summed nll, side by side.
 
-    .venv/bin/pip install --no-deps trl==1.16.0 cut-cross-entropy==25.1.1 liger-kernel==0.8.5 triton==3.9.0  # the peers
-    .venv/bin/python tests/bench_cp_loss.py            # 6 minutes on 2 CPU cores; --head for a head that trains
+    .venv/bin/pip install --no-deps trl==1.16.0 cut-cross-entropy==25.1.1 \
+        liger-kernel==0.8.5 triton==3.9.0              # the peers
+    .venv/bin/python tests/bench_cp_loss.py            # 6 minutes on 2 CPU cores
+    .venv/bin/python tests/bench_cp_loss.py --head     # a head that trains
 
-A shape has a process of its own (memory that another left in pieces costs a tenth), in which the ways take turns, so
-that drift meets all alike; times are medians with their quartiles. `bound` is two bare matrix products into tensors
-that exist already. Memory is the peak above what was there before (on a CPU, resident pages). `error` is the
-gradient's distance from float64's, relative.
+A shape has a process of its own (memory that another left in pieces costs a tenth), in which the
+ways take turns, so that drift meets all alike; times are medians with their quartiles. `bound` is
+two bare matrix products into tensors that exist already. Memory is the peak above what was there
+before (on a CPU, resident pages). `error` is the gradient's distance from float64's, relative.
 """
+
 import argparse
 import ctypes
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +28,16 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, selective_log_softmax
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from cp_loss import linear_nll  # noqa: E402
 
-SHAPES = {"cpu": [(512, 576, 49152), (512, 640, 262144), (128, 4096, 32000)],  # SmolLM2, Gemma-3-270m, Mistral-7B
-          "cuda": [(512, 576, 49152), (512, 640, 262144), (2048, 4096, 32000), (2048, 4096, 128256)]}  # and Llama-3-8B
+SMOLLM2, GEMMA3, MISTRAL = (512, 576, 49152), (512, 640, 262144), (128, 4096, 32000)
+SHAPES = {
+    "cpu": [SMOLLM2, GEMMA3, MISTRAL],
+    "cuda": [
+        SMOLLM2,
+        GEMMA3,
+        (2048, 4096, 32000),
+        (2048, 4096, 128256),
+    ],  # and Llama-3-8B
+}
 
 
 def ways(device: str) -> dict:
@@ -36,23 +48,37 @@ def ways(device: str) -> dict:
         return selective_log_softmax(h @ w.T, y)
 
     def trl_chunked(h, w, y):
-        return ChunkedLogProbFunction.apply(h, w, None, y, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ())[0]
+        return ChunkedLogProbFunction.apply(
+            h, w, None, y, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+        )[0]
 
     def cce_torch_compile(h, w, y):
         return linear_cross_entropy(h, w, y, reduction="none", impl="torch_compile")
 
-    out = {"ours": linear_nll, "full logits": full_logits, "TRL selective": trl_selective, "TRL chunked": trl_chunked,
-           "CCE torch_compile": cce_torch_compile}
+    out = {
+        "ours": linear_nll,
+        "full logits": full_logits,
+        "TRL selective": trl_selective,
+        "TRL chunked": trl_chunked,
+        "CCE torch_compile": cce_torch_compile,
+    }
     if device == "cuda":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-        out["CCE"] = lambda h, w, y: linear_cross_entropy(h, w, y, reduction="none", impl="cce")
-        out["Liger"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss(reduction="sum")(w, h, y)
+
+        out["CCE"] = lambda h, w, y: linear_cross_entropy(
+            h, w, y, reduction="none", impl="cce"
+        )
+        out["Liger"] = lambda h, w, y: LigerFusedLinearCrossEntropyLoss(
+            reduction="sum"
+        )(w, h, y)
     return out
 
 
 def resident(key: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at its peak."""
-    return next(int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key))
+    return next(
+        int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key)
+    )
 
 
 def extra_memory(run, device: str) -> int:
@@ -77,55 +103,109 @@ def seconds(run, device: str) -> float:
     return time.perf_counter() - start
 
 
-def measure(T: int, D: int, V: int, dtype: torch.dtype, head: bool, device: str, repeats: int) -> None:
+def inputs(T: int, D: int, V: int, dtype: torch.dtype, device: str) -> tuple:
+    """Hidden states, head and targets, and the exact gradient for the hidden states."""
     torch.manual_seed(0)
     h = torch.randn(T, D, device=device).to(dtype).requires_grad_()
-    w = (torch.randn(V, D, device=device) * 2 / D ** 0.5).to(dtype).requires_grad_(head)
+    w = (torch.randn(V, D, device=device) * 2 / D**0.5).to(dtype)
     y = torch.randint(V, (T,), device=device)
     exact = h.detach().double().requires_grad_()
-    truth = torch.autograd.grad(F.cross_entropy(exact @ w.detach().double().T, y, reduction="sum"), exact)[0]
-    z, out = h.new_empty(T, V, requires_grad=False), torch.empty_like(h, requires_grad=False)
+    loss = F.cross_entropy(exact @ w.double().T, y, reduction="sum")
+    return h, w, y, torch.autograd.grad(loss, exact)[0]
+
+
+def runs_of(h, w, y, device: str) -> dict:
+    """What is timed, by name: the bound, and a step by every way."""
+    z, out = (
+        torch.empty(len(h), len(w), dtype=h.dtype, device=device),
+        torch.empty_like(h),
+    )
 
     def bound():
         with torch.no_grad():
-            torch.mm(torch.mm(h, w.T, out=z), w, out=out)
+            torch.mm(torch.mm(h, w.T, out=z), w, out=out.detach())
 
     def step(way):
         h.grad = w.grad = None
         way(h, w, y).sum().backward()
 
-    runs = {"bound": bound} | {name: (lambda way=way: step(way)) for name, way in ways(device).items()}
+    steps = {name: partial(step, way) for name, way in ways(device).items()}
+    return {"bound": bound} | steps
+
+
+def measure(
+    shape: tuple, dtype: torch.dtype, head: bool, device: str, repeats: int
+) -> None:
+    h, w, y, truth = inputs(*shape, dtype, device)
+    w.requires_grad_(head)
+    runs = runs_of(h, w, y, device)
     error, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         run()  # warm-up, compilation
-        # peers return log-probabilities or nll: the sign of the gradient is theirs
-        error[name] = min((s * h.grad.double() - truth).norm() / truth.norm() for s in (1, -1)).item() if name != "bound" else 0
+        if name != "bound":  # peers return log-probabilities or nll: the sign is theirs
+            away = [
+                (s * h.grad.double() - truth).norm() / truth.norm() for s in (1, -1)
+            ]
+            error[name] = min(away).item()
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(seconds(run, device))
-    del z, out
-    memory = {name: extra_memory(run, device) for name, run in runs.items() if name != "bound"}
+    del runs["bound"]
+    memory = {name: extra_memory(run, device) for name, run in runs.items()}
+    kind = f"{' x '.join(map(str, shape))}, {str(dtype)[6:]}{', head trains' * head}"
+    report(kind, times, memory, error)
+
+
+def report(kind: str, times: dict, memory: dict, error: dict) -> None:
     t = {name: statistics.median(x) for name, x in times.items()}
     best = min((name for name in t if name not in ("bound", "ours")), key=t.get)
-    print(f"\n{T} x {D} x {V}, {str(dtype)[6:]}{', head trains' if head else ''}: ours takes {t['ours'] / t[best]:.2f} of the best peer's time "
-          f"({best}), {t['ours'] / t['TRL chunked']:.2f} of TRL chunked's, {memory['ours'] / memory['full logits']:.3f} of full logits' "
-          f"memory; speed {t['bound'] / t['ours']:.2f} of the bound\n")
-    print("| way | ms, median [quartiles] | time / ours | extra MB | error |\n| --- | --- | --- | --- | --- |")
-    for name in runs:
+    print(
+        f"\n{kind}: ours takes {t['ours'] / t[best]:.2f} of the best peer's time ({best}), "
+        f"{memory['ours'] / memory['full logits']:.3f} of full logits' memory; speed "
+        f"{t['bound'] / t['ours']:.2f} of the bound\n"
+    )
+    print("| way | ms, median [quartiles] | time / ours | extra MB | error |")
+    print("| --- " * 5 + "|")
+    for name in times:
         low, _, high = (1000 * q for q in statistics.quantiles(times[name], n=4))
-        print(f"| {name} | {1000 * t[name]:.0f} [{low:.0f}, {high:.0f}] | {t[name] / t['ours']:.2f} | "
-              + (f"{memory[name] / 1e6:.0f} | {error[name]:.1e} |" if name in memory else "| |"), flush=True)
+        took = (
+            f"{1000 * t[name]:.0f} [{low:.0f}, {high:.0f}] | {t[name] / t['ours']:.2f}"
+        )
+        rest = " | "
+        if name in memory:
+            rest = f"{memory[name] / 1e6:.0f} | {error[name]:.1e}"
+        print(f"| {name} | {took} | {rest} |", flush=True)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--head", action="store_true", help="the LM head trains too (the bound still counts two products)")
-    p.add_argument("--repeats", type=int, default=9, help="timed runs of each way (default: %(default)s)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "--head",
+        action="store_true",
+        help="the LM head trains too (the bound still counts two products)",
+    )
+    p.add_argument(
+        "--repeats",
+        type=int,
+        default=9,
+        help="timed runs of each way (default: %(default)s)",
+    )
+    p.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
     args = p.parse_args()
-    print(f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {args.repeats} runs each")
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads"
+    )
     for shape in SHAPES[args.device]:
         for dtype in (torch.bfloat16, torch.float32):
-            job = torch.multiprocessing.get_context("spawn").Process(target=measure, args=(*shape, dtype, args.head, args.device, args.repeats))
+            job = torch.multiprocessing.get_context("spawn").Process(
+                target=measure,
+                args=(shape, dtype, args.head, args.device, args.repeats),
+            )
             job.start()
             job.join()

@@ -106,7 +106,7 @@ class Stages:
 
     def __call__(self, number: str, *options) -> int:
         main = self.module(number).main
-        before, sys.argv = sys.argv, [STAGES[number], *map(str, options)]
+        before, sys.argv = sys.argv, ["script", *map(str, options)]
         try:
             main()
             return 0
@@ -121,7 +121,7 @@ class Stages:
     def options(self, number: str, *options):
         """What the script makes of these options."""
         module = self.module(number)
-        before, sys.argv = sys.argv, [STAGES[number], *map(str, options)]
+        before, sys.argv = sys.argv, ["script", *map(str, options)]
         try:
             return module.options()
         finally:
