@@ -498,11 +498,9 @@ def export(model, tokenizer, out: Path):
         fail(f"{out}: {err}: make room; the same command continues")
 
 
-def main() -> None:
+def main():
     args = options()
-    logging.disable(
-        logging.WARNING
-    )  # bitsandbytes' and transformers', of what we don't use
+    logging.disable(logging.WARNING)  # libraries', of what we don't use
     transformers.utils.logging.disable_progress_bar()
     store, meta = read_store(args)
     args.steps = args.steps or math.ceil(len(store.train) / args.anchors)

@@ -118,9 +118,7 @@ def linear_nll(
         lse = torch.stack(parts).logsumexp(0)  # (T,)
     else:
         lse = _FrozenHeadLSE.apply(hidden, weight, bias, softcap, chunk_size)
-    z = (_up(hidden) * _up(weight[targets])).sum(1) + bias[
-        targets
-    ]  # (T,) the target's logit
+    z = (_up(hidden) * _up(weight[targets])).sum(1) + bias[targets]  # the targets' own
     return lse - (z if softcap is None else softcap * torch.tanh(z / softcap))
 
 
@@ -180,9 +178,10 @@ def cp_loss(
     pos = is_positive.bool()
     _check_sets(pos, anchor, A)
     x = _up(nll) if phi == "nll" else _up(nll).clamp(max=30).exp()  # phi, (S,)
-    c = (
-        sequence_nll(x[pos], anchor[pos], A) if prototype is None else prototype.to(x)
-    )  # (A,)
+    if prototype is None:
+        c = sequence_nll(x[pos], anchor[pos], A)  # (A,)
+    else:
+        c = prototype.to(x)
     away = x - c[anchor]
     away = away.abs() if distance == "absolute" else torch.where(pos, away.abs(), away)
     lse_p = _group_logsumexp(-away[pos] / tau, anchor[pos], A)  # (A,)
@@ -288,16 +287,13 @@ def model_nll(
         ids, position, owner, counts = grid.unbind(2)  # (B, T)
         counts = counts.bool()
         mask = None
-        if (
-            backbone.config.model_type == "falcon"
-        ):  # its mask does not look at position ids
+        if backbone.config.model_type == "falcon":  # its mask ignores position ids
             mask = (owner[:, :, None] == owner[:, None])[:, None].tril()
         hidden = backbone(
             input_ids=ids, position_ids=position, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        hidden = hidden.to(ids.device)[:, :-1][
-            counts[:, 1:]
-        ]  # (N, D); layers may be spread
+        # layers may be spread over devices
+        hidden = hidden.to(ids.device)[:, :-1][counts[:, 1:]]  # (N, D)
         nll.append(
             linear_nll(
                 hidden * scale, head.weight, ids[counts], head.bias, softcap=softcap
@@ -312,12 +308,12 @@ def check_model(model) -> None:
     """Raises ValueError unless packed `model_nll` equals the model's own loss, row by row."""
     if any(w.is_meta for w in model.parameters()):
         raise ValueError("does not fit on the devices at hand")
-    ids, own = [torch.arange(7), torch.arange(12)], []
+    ids, want = [torch.arange(7), torch.arange(12)], []
     for x in ids:
         x = x[None].to(model.device)
-        own.append(model(input_ids=x, labels=x, use_cache=False).loss)
+        want.append(model(input_ids=x, labels=x, use_cache=False).loss)
     got = model_nll(model, 10 * ids)  # two rows, the second padded
-    want = torch.stack(10 * own)
+    want = torch.stack(10 * want)
     loose = 1e-4 if model.dtype == torch.float32 else 2e-2
     if not torch.allclose(got, want.to(got), rtol=loose, atol=loose):
         raise ValueError(
@@ -336,9 +332,8 @@ def load_model(name: str, device: str, **how):
         model = AutoModelForCausalLM.from_pretrained(
             name, device_map=device, **how
         ).eval()
-        for module in (
-            model.modules()
-        ):  # bitsandbytes' repacking for CPUs cuts gradients, silently
+        for module in model.modules():
+            # bitsandbytes' repacking for CPUs cuts gradients, silently
             module.support_avx512bf16_for_cpu = False
         check_model(model)
     except (OSError, ValueError, ImportError) as err:

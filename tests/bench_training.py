@@ -191,15 +191,13 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
         def _precompute_ref_logps(self, *args):
             began = time.perf_counter()
             done = super()._precompute_ref_logps(*args)
-            reference.append(
-                (time.perf_counter() - began) / len(picks)
-            )  # a step's part
+            took = time.perf_counter() - began
+            reference.append(took / len(picks))  # a step's part
             return done
 
     torch.manual_seed(0)
-    small = (
-        len(rows) // len(picks) if "pairwise" in more else 1
-    )  # micro-batches of one pair
+    # pairwise: micro-batches of one pair
+    small = len(rows) // len(picks) if "pairwise" in more else 1
     lora = training.LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,

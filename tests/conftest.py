@@ -80,9 +80,8 @@ def tiny(tmp_path_factory) -> Path:
         pad_token_id=2,
     )
     model = transformers.LlamaForCausalLM(config)
-    with (
-        torch.no_grad()
-    ):  # it says "\n" about every sixth token, so that its rewrites end
+    with torch.no_grad():
+        # it says "\n" about every sixth token, so that its rewrites end
         model.model.embed_tokens.weight[:, 0], model.lm_head.weight[198, 0] = 1.0, 0.4
     model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(REAL).save_pretrained(path)
@@ -114,9 +113,8 @@ class Stages:
             return stop.code or 0
         finally:
             sys.argv = before
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # stage 03 takes it over
+            # stage 03 takes it over
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def options(self, number: str, *options):
         """What the script makes of these options."""

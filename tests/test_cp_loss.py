@@ -136,9 +136,8 @@ def test_linear_nll_used_twice_compiled_checkpointed(head):
         return linear_nll(h, w, targets, chunk_size=20)
 
     def gradients(nll, **how):
-        return torch.autograd.grad(
-            nll.sum() + nll.square().mean(), inputs, **how
-        )  # used twice
+        loss = nll.sum() + nll.square().mean()  # used twice
+        return torch.autograd.grad(loss, inputs, **how)
 
     want = gradients(plain_nll(hidden, weight, targets))
     got = ours(hidden, weight)
@@ -160,13 +159,11 @@ def test_linear_nll_under_autocast():
     want = plain_nll(hidden.double(), weight.double(), targets)
     for head in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
-            got = linear_nll(
-                hidden, weight.requires_grad_(head), targets, chunk_size=70
-            )
+            weight.requires_grad_(head)
+            got = linear_nll(hidden, weight, targets, chunk_size=70)
         (grad,) = torch.autograd.grad(got.sum(), hidden)
-        assert (
-            got.dtype == torch.float32 and 1e-6 < relative(got, want) < 1e-2
-        )  # it did round
+        assert got.dtype == torch.float32
+        assert 1e-6 < relative(got, want) < 1e-2  # it did round
         assert (
             grad.dtype == torch.float32
             and relative(
@@ -433,9 +430,8 @@ def tiny(family: str):
         config, attn_implementation="sdpa" if family != "Gemma2" else "eager"
     ).eval()
     with torch.no_grad():
-        [
-            w.mul_(8) for w in model.parameters()
-        ]  # far from uniform, so that caps and scales matter
+        for w in model.parameters():  # far from uniform: caps and scales matter
+            w.mul_(8)
     return model
 
 
@@ -451,9 +447,8 @@ def test_plan():
     batches = plan(sizes, 512)
     rows = [row for batch in batches for row in batch]
     assert sorted(sum(rows, [])) == list(range(200))
-    assert all(used(row) <= 128 for row in rows) and len(rows) == -(
-        -sum(sizes) // 128
-    )  # least
+    assert all(used(row) <= 128 for row in rows)
+    assert len(rows) == math.ceil(sum(sizes) / 128)  # the least there is
     assert all(len(batch) * max(map(used, batch)) <= 512 for batch in batches)
     assert plan([600, 5, 5], 512) == [[[0]], [[1, 2]]]  # a longer one has its own
 
@@ -548,9 +543,8 @@ def test_encode_takes_context_and_text_as_one_string(prepend):
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     whole = fast("Say: a b\n", add_special_tokens=False).input_ids
     ids, start = encode(fast, " a b\n", "Say:")
-    assert (
-        ids.tolist() == [1, *whole] and start == 2
-    )  # after the EOS, for want of a BOS
+    # after the EOS, for want of a BOS
+    assert ids.tolist() == [1, *whole] and start == 2
     fast.bos_token = "<s>"
     assert encode(fast, "a")[0][0] == 0 and encode(fast, "a")[1] == 1
 

@@ -26,16 +26,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import model_nll
 
-TRAINED = [
-    "--steps",
-    6,
-    "--anchors",
-    2,
-    "--every",
-    3,
-    "--lr",
-    1e-2,
-]  # conftest's `trained`
+# conftest's `trained`
+TRAINED = ["--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2]
 OPTIONS = ["--steps", 6, "--anchors", 3, "--every", 3, "--lr", 1e-2]
 LONG = ["--steps", 20, "--anchors", 3, "--every", 3, "--lr", 1e-2]
 
