@@ -1,11 +1,14 @@
-"""Stage 01's local generator against plain `model.generate`, and its memory against the number of seeds.
+"""Stage 01's local generator against plain `model.generate`, and its memory against the number of
+seeds.
 
-    .venv/bin/python tests/bench_mining.py            # 10 minutes on 2 CPU cores, most of them for the peers: useful tokens a second
-    .venv/bin/python tests/bench_mining.py --memory   # 2 minutes: peak memory at 1,000 and 100,000 seeds
+    .venv/bin/python tests/bench_mining.py            # 10 minutes on 2 CPU cores: useful tokens/s
+    .venv/bin/python tests/bench_mining.py --memory   # 2 minutes: peak at 1,000 and 100,000 seeds
 
-Useful tokens come before the newline that ends a rewrite; all else a way computes is waste. Prompts, samples a
-prompt, limits and sampling are the same, turns alternate. For memory, generation and scores are a recorded stream.
+Useful tokens come before the newline that ends a rewrite; all else a way computes is waste.
+Prompts, samples a prompt, limit and sampling are the same, turns alternate. For memory, generation
+and scores are a recorded stream.
 """
+
 import argparse
 import importlib.util
 import json
@@ -24,79 +27,123 @@ sys.path.insert(0, str(ROOT))
 spec = importlib.util.spec_from_file_location("mining", ROOT / "01_mine_negatives.py")
 mining = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mining)
+COUNT = 12  # samples a prompt
 
 
-def plain(model, tokenizer, prompts, limits, count, stop):
-    """Useful tokens of count samples of each prompt, in batches of like length."""
-    useful, rows = 0, sorted((p for p in prompts for _ in range(count)), key=len)
-    whole = model.get_output_embeddings().register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))  # a view has torch copy the head for every row
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    for i in range(0, len(rows), 96):
-        batch = tokenizer(rows[i:i + 96], return_tensors="pt", padding=True)
-        out = model.generate(**batch, do_sample=True, temperature=0.7, top_k=50, max_new_tokens=max(limits), eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
-        for text in tokenizer.batch_decode(out[:, batch.input_ids.shape[1]:], skip_special_tokens=True):
-            useful += len(tokenizer(text.split("\n")[0]).input_ids) if "\n" in text else 0
-    whole.remove()
-    return useful
+def contiguous(_, inputs):
+    """A hook of the LM head: given a view, torch would copy the head for every row."""
+    return (inputs[0].contiguous(),)
 
 
-def speed(args) -> None:
-    sys.argv = ["01", "--limit", "16"]
-    options = mining.options()
-    model, tokenizer = mining.load_lm(options.model, options)
-    texts = [s["text"] for s in mining.read_seeds(options)]
-    prompts, limits = mining.make_prompts("negative", texts, 0, options), [int(1.6 * len(t) / 3) + 8 for t in texts]
-    ours = mining.LocalGenerator(model, tokenizer, mining.predict_prob, options)
+def generate_plainly(model, tokenizer, prompts, limit, stop) -> list[str]:
+    """Samples by `model.generate`, in batches of like length."""
+    rows = sorted((p for p in prompts for _ in range(COUNT)), key=len)
+    how = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": limit}
+    how |= {"eos_token_id": stop, "pad_token_id": tokenizer.eos_token_id}
+    lines = []
+    with model.get_output_embeddings().register_forward_pre_hook(contiguous):
+        for i in range(0, len(rows), 96):
+            some = rows[i : i + 96]
+            batch = tokenizer(
+                some, return_tensors="pt", padding=True, padding_side="left"
+            )
+            out = model.generate(**batch, **how)[:, batch.input_ids.shape[1] :]
+            texts = tokenizer.batch_decode(out, skip_special_tokens=True)
+            lines += [text.split("\n")[0] for text in texts if "\n" in text]
+    return lines
 
-    def run_ours():
-        before = ours.kept
-        ours(prompts, limits, 12, 0.7)
-        return ours.kept - before
 
-    ways = {"plain generate": lambda: plain(model, tokenizer, prompts, limits, 12, tokenizer.eos_token_id),
-            "generate, stopped at newlines": lambda: plain(model, tokenizer, prompts, limits, 12, ours.stop.nonzero().flatten().tolist()), "ours": run_ours}
+def speed(repeats: int) -> None:
+    sys.argv = ["01", "--limit", "16", "--device", "cpu"]
+    args = mining.options()
+    model, tokenizer = mining.load_model(args.model, "cpu", dtype=args.dtype)
+    texts = [seed["text"] for seed in mining.read_seeds(args)]
+    prompts = mining.make_prompts("negative", texts, 0, args)
+    limit = int(1.6 * max(map(len, texts)) / 3) + 8
+    generator = mining.LocalGenerator(model, tokenizer, mining.predict_prob, args)
+
+    def plain():
+        return generate_plainly(
+            model, tokenizer, prompts, limit, tokenizer.eos_token_id
+        )
+
+    def stopped():
+        return generate_plainly(
+            model, tokenizer, prompts, limit, generator.stop.tolist()
+        )
+
+    def ours():
+        return [text for _, text in generator(prompts, limit, COUNT, 0.7)]
+
+    ways = {
+        "plain generate": plain,
+        "generate, stopped at newlines": stopped,
+        "ours": ours,
+    }
     rates = {name: [] for name in ways}
-    for turn in range(args.repeats + 1):
+    for turn in range(repeats + 1):
         for name, way in ways.items():
             torch.manual_seed(turn)
             start = time.perf_counter()
-            useful = way()
+            useful = sum(map(len, tokenizer(way()).input_ids))
             if turn:  # the first is for warming up
                 rates[name].append(useful / (time.perf_counter() - start))
-    for name, r in rates.items():
-        print(f"{name:30s} {statistics.median(r):6.1f} useful tokens/s [{min(r):.1f}, {max(r):.1f}]; ours is {statistics.median(rates['ours']) / statistics.median(r):.1f} times that")
+    best = statistics.median(rates["ours"])
+    for name, some in rates.items():
+        rate = statistics.median(some)
+        spread = f"[{min(some):.1f}, {max(some):.1f}]"
+        print(
+            f"{name:30s} {rate:6.1f} useful tokens/s {spread}; ours is {best / rate:.1f} times"
+        )
+
+
+class Recorded:
+    """A generator that makes no tokens."""
+
+    def __init__(self, *_):
+        self.calls = 0
+
+    def __call__(self, prompts, limit, count, temperature, _push):
+        self.calls += 1
+        text = f"the cat number {self.calls} sat on mat {limit} at {temperature}"
+        return [(i, f"{text} {k}") for i in range(len(prompts)) for k in range(count)]
+
+
+def recorded_scores(drawn, *_) -> list[dict]:
+    same = {"similarity": 0.8, "nll": 5.0, "length_ratio": 1.0, "overlap": 0.5}
+    toxicity = [0.9 * (i % 2) for i in range(len(drawn))]
+    return [
+        {"text": text, "toxicity": t} | same for (_, text), t in zip(drawn, toxicity)
+    ]
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def memory_at(n: int) -> None:
     """One process: stage 01 over n seeds, all models replaced."""
-    class Recorded:
-        def __init__(self, *_):
-            self.n = 0
-
-        def __call__(self, prompts, limits, count, temperature, push=False):
-            self.n += 1
-            return [[f"the cat number {self.n} of {i} sat on mat {j}" for j in range(count)] for i in range(len(prompts))]
-
-        def speed(self):
-            return "recorded"
-
     mining.LocalGenerator = Recorded
-    mining.load_lm = lambda *_: (None, None)
+    mining.load_model = lambda *_, **__: (None, None)
     mining.SentenceTransformer = lambda *_, **__: None
-    mining.score = lambda texts, seeds, *_: [{"text": t, "toxicity": 0.9 * (i % 2), "similarity": 0.8, "nll": 5.0, "length_ratio": 1.0, "overlap": 0.5} for i, t in enumerate(texts)]
-    mining.overlap = lambda a, b: 0.0
+    mining.score = recorded_scores
+    mining.overlap = lambda *_: 0.0
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/seeds.jsonl", "w") as f:
-            f.writelines(json.dumps({"id": f"seed-{i:06d}", "text": "the cat sat on a mat that was number nine"}) + "\n" for i in range(n))
+            for i in range(n):
+                seed = {"id": f"seed-{i:06d}", "text": f"the cat sat on mat number {i}"}
+                f.write(json.dumps(seed) + "\n")
         sys.argv = ["01", "--seeds", f"{folder}/seeds.jsonl", "--run", folder]
-        start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak()
         mining.main()
-        print(f"{n} seeds: peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:.0f} MB, {start / 1e3:.0f} MB before the first")
+        print(f"{n} seeds: peak {peak():.0f} MB, {before:.0f} MB before the first")
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--repeats", type=int, default=3, help="timed turns (default: %(default)s)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--repeats", type=int, default=3, help="timed turns")
     p.add_argument("--memory", action="store_true", help="measure memory instead")
     p.add_argument("--at", type=int, help=argparse.SUPPRESS)
     args = p.parse_args()
@@ -104,6 +151,8 @@ if __name__ == "__main__":
         memory_at(args.at)
     elif args.memory:
         for n in (1_000, 100_000):
-            print(subprocess.run([sys.executable, __file__, "--at", str(n)], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+            command = [sys.executable, __file__, "--at", str(n)]
+            made = subprocess.run(command, capture_output=True, text=True, check=True)
+            print(made.stdout.splitlines()[-1])
     else:
-        speed(args)
+        speed(args.repeats)

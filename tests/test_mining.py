@@ -1,24 +1,31 @@
-"""Stage 01: inputs, the local generator, servers good and bad, judges, the selection rule, shards and resuming."""
+"""Stage 01: seeds, the local generator, servers good and bad, judges, the rule and resuming."""
+
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import openai
 import pytest
 import torch
-from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3, "--rude", 2, "--clean", 2, "--rounds", 2, "--chunk", 4, "--dtype", "float32"]
-SEEDS = [{"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)]
+from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
+
+LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3]
+LOOSE += ["--rude", 2, "--clean", 2, "--rounds", 2, "--chunk", 4, "--dtype", "float32"]
+SEEDS = [
+    {"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)
+]
+KINDS = ("positives", "negatives", "rejected")
 
 
 @pytest.fixture(scope="module")
@@ -32,203 +39,384 @@ def options(mining, monkeypatch):
     def parse(*given):
         monkeypatch.setattr(sys, "argv", ["01", *map(str, given)])
         return mining.options()
+
     return parse
 
 
-def candidates(path) -> list[str]:
-    return [c["text"] for x in lines(path) for kind in ("positives", "negatives", "rejected") for c in x[kind]]
+def candidates(path: Path) -> list[dict]:
+    return [c for line in lines(path) for kind in KINDS for c in line[kind]]
 
 
-# inputs
+# Seeds
+
 
 def test_formats_of_seeds(mining, options, tmp_path):
     def texts(*given):
-        return [(r["group"], r["text"]) for r in mining.read_seeds(options("--seeds", *given))]
-    (tmp_path / "plain.txt").write_text("One line.\n\n  Another line. \nOne line.\n")
-    (tmp_path / "neutral_left_handed_1k.txt").write_text("- a one\\n- b two\\n-\n- b two\\n- c three, and - more\\n-\n")
+        seeds = mining.read_seeds(options("--seeds", *given))
+        return [(seed["group"], seed["text"]) for seed in seeds]
+
+    plain = tmp_path / "plain.txt"
+    plain.write_text("One line.\n\n  Another line. \nOne line.\n")
+    assert texts(plain) == [(None, "One line."), (None, "Another line.")]
+
+    toxigen = tmp_path / "neutral_left_handed_1k.txt"
+    toxigen.write_text("- a one\\n- b two\\n-\n- b two\\n- c three, and - more\\n-\n")
+    wanted = [("left_handed", x) for x in ("a one", "b two", "c three, and - more")]
+    assert texts(toxigen) == wanted
+    assert texts(toxigen, "--per-group", 2) == wanted[:2]
+    assert texts(toxigen, plain, "--limit", 4) == [*wanted, (None, "One line.")]
+
     write_jsonl(tmp_path / "set/train.jsonl", [{"sentence": "From a data set."}])
-    write_jsonl(tmp_path / "s.jsonl", [{"id": 1, "group": "g", "text": "A seed. "}])
-    assert texts(tmp_path / "plain.txt") == [(None, "One line."), (None, "Another line.")]
-    toxigen = [("left_handed", "a one"), ("left_handed", "b two"), ("left_handed", "c three, and - more")]
-    assert texts(tmp_path / "neutral_left_handed_1k.txt") == toxigen
-    assert texts(tmp_path / "s.jsonl", f"datasets:{tmp_path / 'set'}:train:sentence") == [("g", "A seed."), (None, "From a data set.")]
-    assert texts(tmp_path / "neutral_left_handed_1k.txt", "--per-group", 2) == toxigen[:2]
-    three = [texts(tmp_path / "neutral_left_handed_1k.txt", "--shard", f"{i}/2") for i in (1, 2)]
-    assert three == [toxigen[::2], toxigen[1::2]]
+    seeds = write_jsonl(
+        tmp_path / "s.jsonl", [{"id": 1, "group": "g", "text": "A seed. "}]
+    )
+    both = texts(seeds, f"datasets:{tmp_path / 'set'}:train:sentence")
+    assert both == [("g", "A seed."), (None, "From a data set.")]
 
 
-@pytest.mark.parametrize("content, words", [
-    (None, ["seeds.jsonl", "make data"]), ("", ["seeds.jsonl", "empty"]), ('{"id": 1, "text": "a b"}\n{oops\n', ["seeds.jsonl:2", "not a JSON object"]),
-    ('{"id": 1}\n', ["seeds.jsonl:1", '"text"']), ('{"id": 1, "text": " "}\n', ["seeds.jsonl:1", "non-empty"]), ("[1]\n", ["seeds.jsonl:1"]),
-    ('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n', ["more than once"])])
-def test_refuses_bad_seeds(stage, tmp_path, capsys, content, words):
+BAD_SEEDS = {
+    None: ["seeds.jsonl", "make data"],
+    "": ["seeds.jsonl", "empty"],
+    '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "needs a JSON object"],
+    '{"id": 1}\n': ["seeds.jsonl:1", '"text"'],
+    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "non-empty"],
+    "[1]\n": ["seeds.jsonl:1"],
+    '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n': [
+        "seeds.jsonl",
+        "more than once",
+    ],
+}
+
+
+@pytest.mark.parametrize("content", BAD_SEEDS)
+def test_refuses_bad_seeds(stage, tmp_path, capsys, content):
+    seeds = tmp_path / "seeds.jsonl"
     if content is not None:
-        (tmp_path / "seeds.jsonl").write_text(content)
-    refused(capsys, stage("01", "--seeds", tmp_path / "seeds.jsonl", "--run", tmp_path / "run"), *words)
+        seeds.write_text(content)
+    status = stage("01", "--seeds", seeds, "--run", tmp_path / "run")
+    refused(capsys, status, *BAD_SEEDS[content])
     assert not (tmp_path / "run/mined.jsonl").exists()
 
 
 def test_refuses_bad_options(stage, tmp_path, capsys):
-    refused(capsys, stage("01", "--shard", "3/2"), "--shard 3/2")
-    refused(capsys, stage("01", "--rude", 0), "--rude is 0")
-    refused(capsys, stage("01", "--seeds", f"datasets:{tmp_path}/none:train:text"), "datasets:NAME:SPLIT:COLUMN")
+    refused(capsys, stage("01", "--rude", 0), "--rude", "0")
+    spec = f"datasets:{tmp_path}/none:train:text"
+    refused(capsys, stage("01", "--seeds", spec), "datasets:NAME:SPLIT:COLUMN")
 
 
-# the rule
+# The rule
 
-def entry(text, toxicity, similarity, nll, seed="The cat sat on the mat."):
-    return {"text": text, "toxicity": toxicity, "similarity": similarity, "nll": nll, "length_ratio": len(text.split()) / len(seed.split()), "overlap": 0.5}
+SEED = "The cat sat on the mat."
+
+
+def entry(mining, kind, text, toxicity, similarity, nll):
+    scores = {"toxicity": toxicity, "similarity": similarity, "nll": nll}
+    ratio = len(text.split()) / len(SEED.split())
+    same = {"length_ratio": ratio, "overlap": mining.overlap(SEED, text)}
+    return {"kind": kind, "text": text} | scores | same
+
+
+POSITIVE = {
+    "the cat sat upon a mat": (0.0, 0.9, 4.0, "kept"),
+    "The cat sat on the mat!": (0.0, 1.0, 4.0, "copy"),
+    "on mats the cat sat down": (0.0, 0.8, 6.0, "kept"),
+    "a mat had the cat on it": (0.0, 0.7, 1.0, "more than wanted"),
+    "a damned cat on the mat": (0.9, 0.9, 4.0, "judge"),
+}
+NEGATIVE = {
+    "the dumb cat sat on the mat": (0.9, 0.9, 9.0, "more than wanted"),
+    "the stupid cat sat on the mat": (0.9, 0.9, 5.5, "kept"),
+    "that idiot of a cat sat on mats": (0.9, 0.9, 4.8, "kept"),
+    "that idiot of a cat sat on mats ": (0.9, 0.9, 4.8, "near-duplicate"),
+    "that idiot of a cat sat on the mats": (0.9, 0.9, 4.7, "near-duplicate"),
+    "the cat sat on the mat": (0.9, 0.9, 5.0, "copy"),
+    "cat": (0.9, 0.9, 5.0, "length"),
+    "the kind cat sat on the mat": (0.1, 0.9, 5.0, "judge"),
+    "the dumb dog ran up the hill": (0.9, 0.2, 5.0, "meaning"),
+    "Rude: the dumb cat on the mat": (0.9, 0.9, 5.0, "prompt leftover"),
+    "I'm sorry, the dumb cat": (0.9, 0.9, 5.0, "refusal"),
+    "dumb dumb cat on a dumb": (0.9, 0.9, 5.0, "repetition"),
+}
 
 
 def test_selection_rule(mining, options):
-    args = options("--keep-positives", 2, "--keep-negatives", 2, "--distinct", 0.9)
-    pools = {"positive": [entry("the cat sat upon a mat", 0.0, 0.9, 4.0), entry("The cat sat on the mat!", 0.0, 1.0, 4.0), entry("on mats the cat sat down", 0.0, 0.8, 6.0),
-                          entry("a mat had the cat on it", 0.0, 0.7, 1.0), entry("a damned cat on the mat", 0.9, 0.9, 4.0)],
-             "negative": [entry("the dumb cat sat on the mat", 0.9, 0.9, 9.0), entry("the stupid cat sat on the mat", 0.9, 0.9, 5.5), entry("that idiot of a cat sat on mats", 0.9, 0.9, 4.8),
-                          entry("that idiot of a cat sat on mats", 0.9, 0.9, 4.8), entry("cat", 0.9, 0.9, 5.0), entry("the kind cat sat on the mat", 0.1, 0.9, 5.0),
-                          entry("the dumb dog ran up the hill", 0.9, 0.2, 5.0), entry("Rude: the dumb cat on the mat", 0.9, 0.9, 5.0), entry("I'm sorry, the dumb cat", 0.9, 0.9, 5.0),
-                          entry("that idiot of a cat sat on the mats", 0.9, 0.9, 4.7), entry("dumb dumb cat on a dumb", 0.9, 0.9, 5.0)]}
-    positives, negatives, rejected = mining.select("The cat sat on the mat.", pools, args)
-    assert [p["nll"] for p in positives] == [4.0, 6.0]  # most similar first, not the seed, not the rude one
-    assert [n["nll"] for n in negatives] == [4.8, 5.5]  # nearest to the positives' mean nll of 5 first
-    assert [n["nll_difference"] for n in negatives] == [-0.2, 0.5]
-    assert sorted(c["rule"] for c in rejected if c["kind"] == "negative") == sorted(
-        ["more than wanted", "copy", "repetition", "length", "judge", "meaning", "prompt leftover", "refusal", "near-duplicate"])
-    assert sorted(c["rule"] for c in rejected if c["kind"] == "positive") == ["copy", "judge", "more than wanted"]
-    assert len(positives + negatives + rejected) == sum(map(len, pools.values()))
+    args = options("--keep-positives", 2, "--keep-negatives", 2)
+    pool = [entry(mining, "positive", text, *x[:3]) for text, x in POSITIVE.items()]
+    pool += [entry(mining, "negative", text, *x[:3]) for text, x in NEGATIVE.items()]
+    line = {"text": SEED, "positives": [], "negatives": [], "rejected": list(pool)}
+    for _ in range(2):  # another round with nothing new changes nothing
+        mining.select(line, args)
+        rules = {
+            (c["kind"], c["text"]): c["rule"] for kind in KINDS for c in line[kind]
+        }
+        wanted = {("positive", text): x[3] for text, x in POSITIVE.items()}
+        wanted |= {("negative", text): x[3] for text, x in NEGATIVE.items()}
+        assert rules == wanted
+        # the most similar first; the nearest to the positives' mean nll of 5 first
+        assert [c["nll"] for c in line["positives"]] == [4.0, 6.0]
+        assert [c["nll"] for c in line["negatives"]] == [4.8, 5.5]
+        assert [c["nll_distance"] for c in line["negatives"]] == [0.2, 0.5]
+        assert sum(len(line[kind]) for kind in KINDS) == len(pool)
 
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):
     args = options("--preset", "paper", "--keep-negatives", 3)
-    assert (args.prompt, args.rude, args.clean, args.rounds, args.keep_positives, args.per_group, args.push) == ("paper", 20, 20, 1, 15, 500, 0)
-    pool = [entry(f"word {i}", 0.0, 0.0, 1.0) | {"overlap": i / 10} for i in (3, 9, 1, 7)]
-    _, negatives, _ = mining.select("A seed.", {"positive": [], "negative": pool}, args)
-    assert [c["overlap"] for c in negatives] == [0.9, 0.7, 0.3]
-    assert mining.make_prompts("negative", ["A seed."], 0, args) == ["Paraphrase the following sentence in a very toxic way: A seed."]
+    assert (args.rude, args.clean, args.rounds, args.per_group, args.push) == (
+        20,
+        20,
+        1,
+        500,
+        0,
+    )
+    assert (args.keep_positives, args.keep_negatives) == (15, 3)
+    pool = []
+    for i in (3, 9, 1, 7):
+        made = entry(mining, "negative", f"word {i}", 0.0, 0.0, 1.0)
+        pool.append(made | {"overlap": i / 10})
+    line = {"text": "A seed.", "positives": [], "negatives": [], "rejected": pool}
+    mining.select(line, args)
+    assert [c["overlap"] for c in line["negatives"]] == [0.9, 0.7, 0.3]
+    prompt = "Paraphrase the following sentence in a very toxic way: A seed."
+    assert mining.make_prompts("negative", ["A seed."], 0, args) == [prompt]
 
 
-# judges
+# Judges
 
-@pytest.mark.parametrize("labels, name, want", [(["non-toxic", "toxic"], "", 1), (["toxic", "neutral"], "", 0), (["a", "b"], "#b", 1), (["Toxic"], "", 0),
-                                                (["toxic", "offensive"], "", None), (["non-toxic", "fine"], "", None), (["non-toxic", "toxic"], "#toxicity", None)])
-def test_judges_by_label(mining, tmp_path, capsys, labels, name, want):
+JUDGES = [
+    (["non-toxic", "toxic"], "", 1),
+    (["toxic", "neutral"], "", 0),
+    (["a", "b"], "#b", 1),
+    (["Toxic"], "", 0),
+    (["toxic", "offensive"], "", None),
+    (["non-toxic", "fine"], "", None),
+    (["non-toxic", "toxic"], "#toxicity", None),
+]
+
+
+@pytest.mark.parametrize("labels, name, toxic", JUDGES)
+def test_judges_by_label(mining, tmp_path, capsys, labels, name, toxic):
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=49152, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=2,
-                         id2label=dict(enumerate(labels)), label2id={x: i for i, x in enumerate(labels)})
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=2,
+        id2label=dict(enumerate(labels)),
+        label2id={x: i for i, x in enumerate(labels)},
+    )
     model = LlamaForSequenceClassification(config)
     model.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     tokenizer.save_pretrained(tmp_path)
-    if want is None:
+    if toxic is None:
         with pytest.raises(SystemExit) as stop:
             mining.load_judge(f"{tmp_path}{name}", "cpu")
-        return refused(capsys, stop.value.code, "which of its labels", *labels)
-    z = model(**tokenizer("a sentence", return_tensors="pt")).logits[0]
-    p = z.sigmoid() if len(labels) == 1 else z.softmax(0)
-    assert abs(mining.load_judge(f"{tmp_path}{name}", "cpu")(["a sentence", "one that is longer"])[0] - p[want].item()) < 1e-5
+        refused(capsys, stop.value.code, "which of its labels", *labels)
+        return
+    texts = ["a sentence", "one that is longer"]
+    for text, got in zip(texts, mining.load_judge(f"{tmp_path}{name}", "cpu")(texts)):
+        z = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        p = z.sigmoid() if len(labels) == 1 else z.softmax(0)
+        assert abs(got - p[toxic].item()) < 1e-5
 
 
-# the local generator
+# The local generator
 
-@pytest.mark.parametrize("batch", [1, 5, 64])
-def test_local_generation_is_the_models_own(mining, options, tiny, batch):
-    """Near greedy, shared prefix, freed slots and all: line by line what generate() says."""
-    args = options("--model", REAL, "--dtype", "float32", "--batch-size", batch)
-    model, tokenizer = mining.load_lm(args.model, args)
-    prompts = mining.make_prompts("negative", [s["text"] for s in SEEDS[:4]] + ["It rained."], 0, args)
+
+def test_local_generation_is_the_models_own(mining, options):
+    """Near greedy, shared prefix, rows that leave and all: line by line what generate() says."""
+    args = options("--dtype", "float32", "--push", 0)
+    model, tokenizer = mining.load_model(args.model, "cpu", dtype="float32")
+    texts = [seed["text"] for seed in SEEDS[:4]] + ["It rained."]
+    prompts = mining.make_prompts("negative", texts, 0, args)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    how = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": 2}
+    made = model.generate(**inputs, **how)[:, inputs.input_ids.shape[1] :]
+    wanted = []
+    for i, text in enumerate(tokenizer.batch_decode(made, skip_special_tokens=True)):
+        if "\n" in text:
+            wanted += 2 * [(i, text.split("\n")[0].strip())]
+    computed = []
+
+    def count(_, inputs):
+        computed.append(inputs[0].numel())
+
     generate = mining.LocalGenerator(model, tokenizer, mining.predict_prob, args)
-    made = generate(prompts, [12, 14, 30, 30, 30], 2, 1e-4)
-    for prompt, limit, got in zip(prompts, [12, 14, 30, 30, 30], made):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        text = tokenizer.decode(model.generate(ids, do_sample=False, max_new_tokens=limit, pad_token_id=2)[0, ids.shape[1]:], skip_special_tokens=True)
-        assert got == 2 * [text.split("\n")[0].strip().strip('"') if "\n" in text else ""]
-    assert generate.prefilled < generate.prompted / 5
+    with model.get_input_embeddings().register_forward_pre_hook(count):
+        assert sorted(generate(prompts, 14, 2, 1e-4)) == wanted
+    args.batch_size = 5  # two prompts at once
+    assert sorted(generate(prompts, 14, 2, 1e-4)) == wanted
+    sampled = 2 * 14 * len(prompts)
+    prompted = 2 * inputs.attention_mask.sum()
+    assert 3 < len(wanted) < 10 and sum(computed) < prompted / 5 + sampled
 
-
-# resuming and shards
 
 def test_toxic_words_are_pushed(mining, options, tiny):
-    """The words of the judge's vocabulary that it finds toxic are favoured, token by token."""
-    args = options("--model", tiny, "--dtype", "float32", "--device", "cpu", "--push", 100)
-    model, tokenizer = mining.load_lm(str(tiny), args)
-    generate = mining.LocalGenerator(model, tokenizer, lambda words: [w in ("stupid", "imbecile") for w in words], args)
-    assert {tokenizer.decode(x) for x in generate.push.sequence_bias} == {" stupid", " im", " imbec", " imbecile"}
-    generate.stop[:] = False  # lines end at their limit
-    generate.stop[tokenizer(".").input_ids] = True
+    """The words that the judge finds toxic are favoured, token by token."""
+
+    def judge(words):
+        return [word in ("stupid", "imbecile") for word in words]
+
+    args = options(
+        "--model", tiny, "--dtype", "float32", "--device", "cpu", "--push", 100
+    )
+    model, tokenizer = mining.load_model(str(tiny), "cpu", dtype="float32")
+    generate = mining.LocalGenerator(model, tokenizer, judge, args)
+    pushed = {tokenizer.decode(x) for x in generate.push.sequence_bias}
+    assert pushed == {" stupid", " im", " imbec", " imbecile"}
+    generate.stop = torch.tensor(
+        tokenizer(".").input_ids
+    )  # lines end at their limit, or so
     generate.push.sequence_bias[tuple(tokenizer(" imbecile.").input_ids)] = 100.0
-    texts = [t for some in generate(["The man"], [60], 8, 0.7, push=True) for t in some if t]
-    assert texts and all(set(t.rstrip(".").split()) <= {"stupid", "im", "imbec", "imbecile"} for t in texts) and any("imbecile" in t for t in texts)
-    assert not any("imbecile" in t for t in generate(["The man"], [60], 8, 0.7)[0])
+    texts = [text for _, text in generate(["The man"], 60, 8, 0.7, push=True)]
+    words = {word for text in texts for word in text.rstrip(".").split()}
+    assert "imbecile" in words and words <= {"stupid", "im", "imbec", "imbecile"}
+    assert "imbecile" not in str(generate(["The man"], 60, 8, 0.7))
 
 
-def test_a_killed_run_ends_with_the_same_anchors(stage, tiny, tmp_path, capsys):
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def run(stage, tiny, tmp_path_factory):
+    """Mines the ten seeds into a folder."""
+    seeds = write_jsonl(tmp_path_factory.mktemp("seeds") / "seeds.jsonl", SEEDS)
+
+    def run(folder):
+        assert (
+            stage("01", "--seeds", seeds, "--model", tiny, "--run", folder, *LOOSE) == 0
+        )
+        return folder / "mined.jsonl"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_and_its_summary(whole):
+    mined = lines(whole)
+    assert [line["id"] for line in mined] == [seed["id"] for seed in SEEDS]
+    sizes = [(len(line["positives"]), len(line["negatives"])) for line in mined]
+    assert sum(n for _, n in sizes) >= 5
+    fields = {
+        "text",
+        "toxicity",
+        "similarity",
+        "nll",
+        "length_ratio",
+        "overlap",
+        "rule",
+    }
+    assert all(fields <= set(c) for c in candidates(whole))
+
+    summary = json.loads((whole.parent / "mining.json").read_text())
+    assert summary["anchors"] == 10
+    assert summary["usable"] == sum(p > 0 and n > 0 for p, n in sizes)
+    assert summary["enough"] == sum(p >= 2 and n >= 3 for p, n in sizes)
+    assert summary["rules"] == Counter(
+        f"{c['kind']}: {c['rule']}" for c in candidates(whole)
+    )
+    kept = [c["overlap"] for line in mined for c in line["positives"]]
+    mean = summary["hardness"]["positive: kept"]["overlap"]
+    assert mean == pytest.approx(sum(kept) / len(kept), abs=1e-4)
+
+
+def test_a_killed_run_ends_with_the_same_anchors(run, whole, tmp_path):
+    content = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    # inside a line, at its end, between chunks
+    for cut in (ends[5] + 1, len(content) - 1, ends[2], ends[3]):
+        (tmp_path / "mined.jsonl").write_bytes(content[:cut])
+        assert run(tmp_path).read_bytes() == content
+    assert json.loads((tmp_path / "mining.json").read_text())["anchors"] == 10
+
+
+def test_kill_9(run, whole, tiny, tmp_path):
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
-    run = lambda out, *more: stage("01", "--seeds", seeds, "--model", tiny, "--run", tmp_path / out, *LOOSE, *more)  # noqa: E731
-    assert run("whole") == 0 and "10 of 10" not in capsys.readouterr().err
-    whole = (tmp_path / "whole/mined.jsonl").read_bytes()
-    assert [x["id"] for x in lines(tmp_path / "whole/mined.jsonl")] == [s["id"] for s in SEEDS]
-    assert sum(len(x["negatives"]) for x in lines(tmp_path / "whole/mined.jsonl")) >= 5
-    assert all({"text", "toxicity", "similarity", "nll", "length_ratio", "overlap"} <= set(p) for x in lines(tmp_path / "whole/mined.jsonl") for p in x["positives"])
-    ends = [i + 1 for i, b in enumerate(whole) if b == ord("\n")]
-    for cut in (len(whole) // 3, len(whole) - 1, 0, ends[2], ends[3], ends[5] + 1):  # inside a line, at its end, between chunks
-        (tmp_path / "cut").mkdir(exist_ok=True)
-        (tmp_path / "cut/mined.jsonl").write_bytes(whole[:cut])
-        assert run("cut") == 0
-        assert (tmp_path / "cut/mined.jsonl").read_bytes() == whole
-    summary = json.loads((tmp_path / "cut/mining.json").read_text())
-    assert summary["anchors"] == 10 and summary["rules"] == json.loads((tmp_path / "whole/mining.json").read_text())["rules"]
-
-
-def test_kill_9_at_any_time(tiny, tmp_path):
-    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
-    def command(out):
-        return [sys.executable, ROOT / "01_mine_negatives.py", "--seeds", seeds, "--model", tiny, "--run", tmp_path / out, *map(str, LOOSE)]
-    first = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed/mined.jsonl").exists() and first.poll() is None:
+    given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    command = [sys.executable, ROOT / "01_mine_negatives.py", *map(str, given)]
+    mined = tmp_path / "mined.jsonl"
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (mined.exists() and mined.stat().st_size):
         time.sleep(0.002)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    for out in ("killed", "whole"):
-        assert subprocess.run(command(out), capture_output=True).returncode == 0
-    assert (tmp_path / "killed/mined.jsonl").read_bytes() == (tmp_path / "whole/mined.jsonl").read_bytes()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(mined.read_bytes().splitlines()) < len(SEEDS)
+    assert run(tmp_path).read_bytes() == whole.read_bytes()
 
 
-def test_shards_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
-    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
-    for i in (1, 2, 3):
-        assert stage("01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE, "--shard", f"{i}/3") == 0
-    parts = [tmp_path / f"mined-{i}-of-3.jsonl" for i in (1, 2, 3)]
-    assert sorted(x["id"] for p in parts for x in lines(p)) == sorted(s["id"] for s in SEEDS)
+def test_files_of_several_machines_are_read_together(stage, tiny, tmp_path, capsys):
+    """As README splits seeds: each part has its --out, stage 02 reads them in any order."""
+    parts = []
+    for i in range(3):
+        seeds = write_jsonl(tmp_path / f"seeds-{i}.jsonl", SEEDS[i::3])
+        parts.append(tmp_path / f"mined-{i}.jsonl")
+        command = ["01", "--seeds", seeds, "--model", tiny, "--out", parts[i], *LOOSE]
+        assert stage(*command) == 0
+        assert (tmp_path / f"mining-{i}.json").exists()
     stores = []
     for k, given in enumerate(([], ["--mined", *parts[::-1]])):
-        assert stage("02", "--run", tmp_path, "--model", tiny, "--out", tmp_path / f"{k}.safetensors", *given) == 0
-        stores.append(load_file(tmp_path / f"{k}.safetensors"))
+        out = tmp_path / f"{k}.safetensors"
+        common = ["--run", tmp_path, "--model", tiny, "--dtype", "float32"]
+        assert stage("02", *common, "--out", out, *given) == 0
+        stores.append(load_file(out))
     assert all(torch.equal(stores[0][k], stores[1][k]) for k in stores[0])
     capsys.readouterr()
-    refused(capsys, stage("02", "--run", tmp_path, "--model", tiny, "--mined", parts[0], parts[0]), "more than once")
+    status = stage(
+        "02", "--run", tmp_path, "--model", tiny, "--mined", parts[0], parts[0]
+    )
+    refused(capsys, status, "more than once")
 
 
 def test_refuses_an_output_of_other_seeds_or_with_a_bad_line(stage, tmp_path, capsys):
     seeds, out = write_jsonl(tmp_path / "seeds.jsonl", SEEDS), tmp_path / "mined.jsonl"
-    for content, words in (('{oops\n' + json.dumps(mined_line(1)) + "\n", "mined.jsonl:1"), (json.dumps(mined_line(3)) + "\n", "other seeds")):
+    bad = {
+        "{oops\n" + json.dumps(mined_line(1)) + "\n": "mined.jsonl:1",
+        json.dumps(mined_line(3)) + "\n": "other seeds",
+        "".join(json.dumps(mined_line(i)) + "\n" for i in range(11)): "mined.jsonl:11",
+    }
+    for content, words in bad.items():
         out.write_text(content)
         refused(capsys, stage("01", "--seeds", seeds, "--run", tmp_path), words)
         assert out.read_text() == content
 
 
-# servers
+# Servers
+
+LOCK = threading.Lock()
+BAD_PLAN = [
+    "hang",
+    "500",
+    "half",
+    "ok",
+    "text",
+    "torn",
+    "none",
+    "stream",
+    "500",
+    "half",
+]
+
 
 class BadServer(BaseHTTPRequestHandler):
-    """Answers each completion by the next of `plan`; "ok" ones are numbered, so that each can be found again."""
+    """Answers each completion by the next of `plan`; the "ok" ones are numbered."""
+
     plan, answered = iter(()), 0
 
     def log_message(self, *_):
         pass
 
-    def send(self, body: bytes, status: int = 200, kind: str = "application/json", length: int | None = None):
+    def send(self, body: bytes, status=200, kind="application/json", length=None):
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.send_header("Content-Length", str(length or len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -238,54 +426,60 @@ class BadServer(BaseHTTPRequestHandler):
             way = next(self.plan, "ok")
             BadServer.answered += way == "ok"
             text = f" the dumb cat number {BadServer.answered} sat on a mat\nRude: more"
-        good = json.dumps({"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [{"index": 0, "text": text, "finish_reason": "stop", "logprobs": None}]}).encode()
+        choice = {"index": 0, "text": text, "finish_reason": "stop"}
+        about = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
+        good = json.dumps(about | {"choices": [choice]}).encode()
         if way == "hang":
-            time.sleep(3)
-        {"ok": lambda: self.send(good), "500": lambda: self.send(b'{"error": {"message": "bad key sk-secret"}}', 500), "hang": lambda: None, "half": lambda: self.send(good[:40], length=len(good)),
-         "text": lambda: self.send(b"<html>busy</html>", kind="text/html"), "torn": lambda: self.send(good[:40]), "none": lambda: self.send(good.replace(b'{"index"', b'{"x"').split(b"[")[0] + b"[]}"),
-         "stream": lambda: self.send(b'data: {"choices": [{"te', kind="text/event-stream")}[way]()
-
-
-LOCK = threading.Lock()
+            time.sleep(1)
+        elif way == "half":
+            self.send(good[:40], length=len(good))
+        else:
+            answers = {
+                "ok": (good,),
+                "500": (b'{"error": {"message": "bad key sk-secret"}}', 500),
+                "text": (b"<html>busy</html>", 200, "text/html"),
+                "torn": (good[:40],),
+                "none": (json.dumps(about | {"choices": []}).encode(),),
+                "stream": (b'data: {"choices": [{"te', 200, "text/event-stream"),
+            }
+            self.send(*answers[way])
 
 
 @pytest.fixture
-def bad_server():
+def bad_server(monkeypatch):
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    BadServer.plan, BadServer.answered = iter(()), 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), BadServer)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1#m"
     server.shutdown()
 
 
-def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
-    BadServer.plan, BadServer.answered = iter(["hang", "500", "half", "ok", "text", "torn", "none", "stream", "500", "half"]), 0
+def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_path):
+    BadServer.plan = iter(BAD_PLAN)
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:2])
-    assert stage("01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE, "--rounds", 1, "--generator", bad_server, "--timeout", 1) == 0
-    made = candidates(tmp_path / "mined.jsonl")
-    assert len(made) == 2 * 4 and len(set(made)) == 8 and BadServer.answered == 8
+    command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    assert stage(*command, "--rounds", 1, "--generator", bad_server) == 0
+    made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
+    assert len(made) == len(set(made)) == BadServer.answered == 8
 
 
 @pytest.mark.parametrize("way", ["500", "text", "none", "torn"])
-def test_a_server_that_stays_bad_is_a_clear_end(stage, bad_server, tiny, tmp_path, capsys, monkeypatch, way):
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+def test_a_server_that_stays_bad_is_a_clear_end(
+    stage, bad_server, tiny, tmp_path, capsys, monkeypatch, way
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    BadServer.plan, BadServer.answered = itertools.chain(["ok"] * 16, itertools.repeat(way)), 0
+    BadServer.plan = itertools.chain(["ok"] * 16, itertools.repeat(way))
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:6])
-    command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE, "--rounds", 1, "--generator", bad_server]
-    line = refused(capsys, stage(*command), "127.0.0.1", "same command continues")
+    command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    command += ["--rounds", 1, "--generator", bad_server]
+    status = stage(*command)
+    line = refused(capsys, status, "127.0.0.1", "same command continues")
     assert "sk-secret" not in line and len(lines(tmp_path / "mined.jsonl")) == 4
     BadServer.plan = iter(())
     assert stage(*command) == 0
-    assert [x["id"] for x in lines(tmp_path / "mined.jsonl")] == [s["id"] for s in SEEDS[:6]]
-
-
-@pytest.mark.parametrize("prompt", ["few-shot", "paper"])
-def test_transformers_serve(stage, tmp_path, server, prompt):
-    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:2])
-    assert stage("01", "--seeds", seeds, "--run", tmp_path, *LOOSE, "--length", 9, "--rounds", 1, "--prompt", prompt, "--generator", f"{server}#{REAL}", "--concurrency", 2) == 0
-    made = candidates(tmp_path / "mined.jsonl")
-    assert len(made) >= 6 and all(len(t) > 3 and "\n" not in t for t in made)
+    mined = lines(tmp_path / "mined.jsonl")
+    assert [line["id"] for line in mined] == [seed["id"] for seed in SEEDS[:6]]
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +487,10 @@ def server():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    process = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", REAL, "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = Path(sys.executable).parent / "transformers"
+    where = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([program, "serve", REAL, *where], **quiet)
     deadline = time.time() + 120
     while time.time() < deadline and process.poll() is None:
         with socket.socket() as s:
@@ -304,3 +500,24 @@ def server():
     yield f"http://127.0.0.1:{port}/v1"
     process.terminate()
     process.wait()
+
+
+@pytest.mark.parametrize("preset", [[], ["--preset", "paper"]])
+def test_transformers_serve(stage, tmp_path, server, preset):
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:2])
+    command = [
+        "01",
+        "--seeds",
+        seeds,
+        "--run",
+        tmp_path,
+        *LOOSE,
+        "--length",
+        9,
+        "--rounds",
+        1,
+    ]
+    command += [*preset, "--generator", f"{server}#{REAL}", "--concurrency", 2]
+    assert stage(*command) == 0
+    made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
+    assert len(made) >= 6 and all(len(text) > 3 and "\n" not in text for text in made)
