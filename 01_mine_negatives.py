@@ -168,7 +168,7 @@ def options():
     g = p.add_argument_group("generation (ours)")
     g.add_argument("--rude", type=count, default=12, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
-    g.add_argument("--rounds", type=count, default=4, help="at most, if a kind lacks")
+    g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
     hotter = "0.05 more in each further round; above 1 few candidates keep the meaning"
     g.add_argument("--temperature", type=float, default=0.7, help=hotter)
     push = "added to logits of words that the judge finds toxic, in local negatives"
@@ -176,7 +176,7 @@ def options():
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
     chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
-    g.add_argument("--chunk", type=count, default=16, help=chunk)
+    g.add_argument("--chunk", type=count, default=44, help=chunk)
     g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
     g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
     g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
@@ -487,22 +487,27 @@ def overlap(a: str, b: str) -> float:
 
 
 @torch.no_grad()
-def score(drawn: list[tuple], model, tokenizer, encoder, judge) -> list[dict]:
-    """Of texts and the lines they were drawn for: toxicity by the judge, similarity to the seed,
-    nats per token under the target LM, words relative to the seed's, ROUGE-L with the seed."""
+def score(drawn: list[tuple], kind: str, scorers: tuple, args) -> list[dict]:
+    """Candidates of texts and the lines they were drawn for: toxicity by the judge, similarity to
+    the seed, words relative to the seed's, ROUGE-L with the seed; and, of those that the rule may
+    keep, nats per token under the target LM."""
+    model, tokenizer, encoder, judge = scorers
     texts, seeds = [text for _, text in drawn], [line["text"] for line, _ in drawn]
     a, b = (encoder.encode(x, normalize_embeddings=True) for x in (texts, seeds))
+    words = [(len(text.split()), len(seed.split())) for text, seed in zip(texts, seeds)]
     scores = {
         "text": texts,
         "toxicity": judge(texts),
         "similarity": (a * b).sum(1).astype(float),
-        "nll": model_nll(
-            model, [encode(tokenizer, text)[0] for text in texts]
-        ).tolist(),
-        "length_ratio": [len(x.split()) / len(y.split()) for x, y in zip(texts, seeds)],
+        "length_ratio": [n / of for n, of in words],
         "overlap": list(map(overlap, seeds, texts)),
     }
-    return pd.DataFrame(scores).round(4).to_dict("records")
+    candidates = pd.DataFrame(scores).round(4).assign(kind=kind).to_dict("records")
+    hopeful = [c for c in candidates if not reason(c, args)]
+    ids = [encode(tokenizer, c["text"])[0] for c in hopeful]
+    for c, nll in zip(hopeful, model_nll(model, ids).tolist() if ids else []):
+        c["nll"] = round(nll, 4)
+    return candidates
 
 
 def reason(candidate: dict, args) -> str | None:
@@ -551,7 +556,7 @@ def select(line: dict, args):
     pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in EXAMPLES}
     line["positives"] = pick(pools["positive"], args.keep_positives, args)
     nll = [c["nll"] for c in line["positives"]]
-    for c in pools["negative"] if nll else []:
+    for c in (c for c in pools["negative"] if nll and "nll" in c):
         c["nll_distance"] = round(abs(c["nll"] - sum(nll) / len(nll)), 4)
     line["negatives"] = pick(pools["negative"], args.keep_negatives, args)
     line["rejected"] = [c for c in candidates if c["rule"] != "kept"]
@@ -576,11 +581,12 @@ def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
         lacking.sort(key=lambda line: len(line["text"]))  # batches of like lengths
         texts = [line["text"] for line in lacking]
         prompts = make_prompts(kind, texts, turn, args)
-        limit = int(min(args.length, 2) * len(texts[-1]) / 3) + 8  # tokens
+        limit = int(min(args.length, 2) * len(texts[-1]) / 4) + 8  # tokens
         how = limit, count, args.temperature + 0.05 * turn, kind == "negative"
         drawn = [(lacking[i], text) for i, text in generate(prompts, *how) if text]
-        for (line, _), candidate in zip(drawn, score(drawn, *scorers)):
-            line["rejected"].append({"kind": kind} | candidate)
+        candidates = score(drawn, kind, scorers, args) if drawn else []
+        for (line, _), candidate in zip(drawn, candidates):
+            line["rejected"].append(candidate)
         for line in lacking:
             select(line, args)
     return lines
@@ -631,7 +637,10 @@ def summarise(args) -> dict:
         (sizes >= least).all(axis=1).sum().item() for least in ([1, 1], wanted)
     )
     rates = {"anchors": len(sizes), "usable": usable, "enough": enough}
-    return rates | {"hardness": table.to_dict("index"), "rules": table["n"].to_dict()}
+    return rates | {
+        "hardness": json.loads(table.to_json(orient="index")),
+        "rules": table["n"].to_dict(),
+    }
 
 
 def main():

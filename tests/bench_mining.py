@@ -109,8 +109,14 @@ class Recorded:
         return [(i, f"{text} {k}") for i in range(len(prompts)) for k in range(count)]
 
 
-def recorded_scores(drawn, *_) -> list[dict]:
-    same = {"similarity": 0.8, "nll": 5.0, "length_ratio": 1.0, "overlap": 0.5}
+def recorded_scores(drawn, kind, *_) -> list[dict]:
+    same = {
+        "kind": kind,
+        "similarity": 0.8,
+        "nll": 5.0,
+        "length_ratio": 1.0,
+        "overlap": 0.5,
+    }
     toxicity = [0.9 * (i % 2) for i in range(len(drawn))]
     return [
         {"text": text, "toxicity": t} | same for (_, text), t in zip(drawn, toxicity)

@@ -4,12 +4,14 @@ import json
 import shutil
 import threading
 from argparse import Namespace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 from transformers import BertForSequenceClassification as Classifier
@@ -18,7 +20,7 @@ from conftest import REAL, lines, refused, write_jsonl
 from cp_loss import load_model, model_nll
 
 SMALL = ["--rewrite", 5, "--continue", 4, "--k", 2, "--benign-prompts", 3]
-SMALL += ["--tasks", "none", "--batch-size", 4]
+SMALL += ["--tasks", "none"]
 WORDS = ("lake", "town", "idea", "walk", "song", "tree")
 JUDGED = [
     {"text": f"You {w} are a stupid idiot {i}.", "toxic": True}
@@ -71,7 +73,12 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     other.lm_head.weight.data.mul_(3)
     other.save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "other")
-    status = stage(*command, "--model", tmp_path / "other", "--out", tmp_path / "a")
+    made = trained / "prototypes.safetensors"
+    with safe_open(made, "pt") as file:
+        meta = file.metadata() | {"model": str(tmp_path / "other")}
+    save_file(load_file(made), tmp_path / "prototypes.safetensors", meta)
+    options = ["--adapter", trained / "adapter", "--run", tmp_path]
+    status = stage(*command, *options, "--out", tmp_path / "a")
     refused(capsys, status, "other weights", "name the files of one run")
     (tmp_path / "prompts.jsonl").write_text(
         '{"text": "a", "toxicity": 1}\n{"toxicity": 1}\n'
@@ -109,12 +116,8 @@ def test_an_adapter_of_another_base_is_refused(
 def test_a_report_has_every_protocol_and_file(report):
     got = figures(report)
     # the tiny base's rewrites are empty: nothing for the black box
-    assert {key.split("/")[0] for key in got} == {
-        "rewrite",
-        "continue",
-        "benign",
-        "wiki",
-    }
+    protocols = {key.split("/")[0] for key in got if "," not in key}
+    assert protocols == {"rewrite", "continue", "benign", "wiki"}
     assert got["rewrite/toxic@embedding"]["base"]["n"] == 5
     assert got["continue/max@embedding"]["tuned"]["n"] == 4
     for f in (f for by_system in got.values() for f in by_system.values()):
@@ -122,16 +125,12 @@ def test_a_report_has_every_protocol_and_file(report):
         assert f["low"] - 1e-9 <= f["value"] <= f["high"] + 1e-9
     text = (report / "report.md").read_text()
     for part in (
-        "profanity-check, which mined",
+        "It mined, too",
         "![toxicity against similarity",
-        "## By group",
+        "benign, ",
     ):
         assert part in text
-    assert (
-        "## Failed outputs" in text
-        and "Cohen's kappa" in text
-        and "8 words in a row" in text
-    )
+    assert "failed: " in text and "Cohen's kappa" in text and "8 words in a row" in text
     assert (report / "rewrites.png").stat().st_size > 3000
     record = json.loads((report / "report.json").read_text())
     assert {"command", "seed", "options", "versions", "git", "device", "notes"} <= set(
@@ -237,7 +236,7 @@ def test_outputs_that_do_not_fit_are_refused(stage, command, report, tmp_path, c
     )
     unknown = {"protocol": "rewrite", "input": "unknown", "output": "x"}
     cases = (
-        (unknown, "bad.jsonl:1"),
+        (unknown, "lacks 5 of the 5"),
         (first, "lacks 4 of the 5"),
         ({"input": "a"}, "bad.jsonl:1"),
     )
@@ -286,7 +285,8 @@ class Answers(BaseHTTPRequestHandler):
         self.asked.append(
             body | {"path": self.path, "key": self.headers["Authorization"]}
         )
-        text = f" The {body['model']} walked slowly to the lake.\nmore"
+        text = f" The {body['model']} walked slowly to the lake."
+        text = text if body.get("stop") else text + "\nmore"
         reply = [] if self.broken else {"choices": [{"text": text, "index": 0}]}
         payload = json.dumps(reply).encode()
         self.send_response(200)
@@ -374,26 +374,20 @@ def test_failures_are_never_clean(module):
 
 def test_metrics_by_hand(module):
     said = (
-        (0, "a red bus", 0.9, 0.8, None),
+        (0, "a blind cat", 0.9, 0.8, None),
         (0, "", 0.1, 0.0, "empty"),
-        (1, "the big bus ran on", 0.2, 0.6, None),
-        (1, "the big bus ran on", 0.5, 0.4, None),
+        (1, "the big cat ran on", 0.2, 0.6, None),
+        (1, "the big cat ran on", 0.5, 0.4, None),
     )
-    unit = {"system": "base", "seed": 0, "protocol": "benign", "group": "colour: red"}
-    rows = [
-        unit
-        | {
-            "prompt": prompt,
-            "input": "big red bus",
-            "output": output,
-            "toxicity": {"j": p},
-        }
-        | {"similarity": s, "clean": s / 2, "fluency": 2.0, "failure": failure}
-        for prompt, output, p, s, failure in said
-    ]
+    unit = {"system": "base", "seed": 0, "protocol": "benign", "group": "body"}
+    rows = []
+    for prompt, output, p, s, failure in said:
+        row = {"prompt": prompt, "input": "big Blind cat", "output": output}
+        scores = {"toxicity": {"j": p}, "similarity": s, "clean": s / 2, "fluency": 2.0}
+        rows.append(unit | row | scores | {"failure": failure})
     outputs = pd.DataFrame(rows)
     outputs["failure"] = pd.Series([row["failure"] for row in rows], dtype=object)
-    long = module.long_frame(outputs, ["j"], 0.5)
+    long = module.long_frame(outputs, 0.5)
     got = {
         key: some.sort_values("prompt").value.tolist()
         for key, some in long.groupby("metric")
@@ -405,19 +399,35 @@ def test_metrics_by_hand(module):
     assert got["clean"] == pytest.approx([0.2, 0.25])
     assert got["failed"] == got["empty"] == [50, 0] and got["named"] == [50, 0]
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5]
-    long = module.long_frame(outputs.assign(protocol="continue"), ["j"], 0.5)
+    long = module.long_frame(outputs.assign(protocol="continue"), 0.5)
     assert not {"similarity", "clean", "joint@j", "named"} & set(long.metric)
 
 
+def test_groups_are_protocols(module):
+    row = {"protocol": "benign", "group": "body", "value": 1.0}
+    rows = [row | {"metric": metric} for metric in ("named", "toxic@j", "failed")]
+    rows.append(row | {"metric": "named", "group": None})
+    made = module.by_group(pd.DataFrame(rows))
+    assert made.protocol.tolist() == ["benign, body"] * 2
+    assert made.metric.tolist() == ["named", "toxic@j"]
+
+
 def test_statistics(module):
-    zero = module.interval(np.zeros(60), None, is_rate=True)
+    zero = module.interval(np.zeros(2000), 60, is_rate=True)
     assert zero["value"] == zero["low"] == 0 and zero["high"] == 5.0 and zero["n"] == 60
     x = np.random.default_rng(0).normal(3, 2, 400)
-    f = module.interval(x)
+    one = {
+        "protocol": "p",
+        "metric": "joint",
+        "system": "base",
+        "seed": 0,
+        "weight": np.nan,
+    }
+    f = module.summarise(pd.DataFrame({"value": x, "prompt": range(400)}).assign(**one))
+    f = f["p/joint"]["base"]
+    assert f["value"] == pytest.approx(x.mean())
     assert f["se"] == pytest.approx(0.1, rel=0.15)
     assert f["high"] - f["low"] == pytest.approx(3.92 * f["se"], rel=0.1)
-    tuned = module.interval(np.log([2.0, 8.0]), [3, 1], np.exp)
-    assert tuned["value"] == pytest.approx(np.exp((3 * np.log(2) + np.log(8)) / 4))
     rows = [
         {
             "system": system,
@@ -430,7 +440,8 @@ def test_statistics(module):
         for i in (0, 1)
     ]
     long = pd.DataFrame(rows).assign(protocol="wiki", metric="per_token")
-    ours = module.summarise(long)["wiki/per_token"]["ours"]
+    base, ours = module.summarise(long)["wiki/per_token"].values()
+    assert base["value"] == pytest.approx(np.exp(5 / 3))
     assert ours["change"]["value"] == pytest.approx(100 * (np.exp(0.2) - 1))
     assert ours["seeds"] == pytest.approx(np.exp([5 / 3 + 0.1, 5 / 3 + 0.3]))
     assert ours["spread"] == pytest.approx(np.std(ours["seeds"], ddof=1))
@@ -439,12 +450,10 @@ def test_statistics(module):
 def test_wiki_perplexity_counts_each_token_once(module, tiny, tmp_path):
     model, tokenizer = load_model(str(tiny), "cpu")
     texts = [f"In the year {i} the lake froze over again." for i in range(80)]
-    system = module.System("base", 0, ["x"], None, "base")
-    frames = module.perplexities(
-        system, model, tokenizer, texts, ["The lake."], tmp_path
-    )
-    made = pd.concat(frames).set_index("metric").astype({"weight": int})
-    per_token, per_word = made.loc["per_token"], made.loc["per_word"]
+    args = Namespace(out=tmp_path, tasks=["none"])
+    system = ("base", ["x"], None, [])
+    made = module.measure(system, model, tokenizer, texts, ["The lake."], args)
+    per_token = made[made.metric == "per_token"].astype({"weight": int})
     ids = torch.tensor(tokenizer(" ".join(texts), add_special_tokens=False).input_ids)
     assert per_token.weight.sum() == len(ids) - 1 and len(ids) > 1000
     total = 0.0
@@ -454,17 +463,15 @@ def test_wiki_perplexity_counts_each_token_once(module, tiny, tmp_path):
             logits = model(window[None]).logits[0, start - 1 : -1].log_softmax(-1)
         total -= logits.gather(1, window[start:, None]).sum().item()
     assert (per_token.value * per_token.weight).sum() == pytest.approx(total, rel=1e-5)
-    assert (per_word.value * per_word.weight).sum() == pytest.approx(total, rel=1e-5)
-    assert abs(per_word.weight.sum() - len(" ".join(texts).split())) <= len(per_word)
 
 
 def test_perplexity_of_inputs(module, tiny, tmp_path):
     model, tokenizer = load_model(str(tiny), "cpu")
-    system = module.System("base", 0, ["x"], None, "base")
     texts = ["The lake.", "A walk to the other side of the town."]
-    inputs = module.perplexities(system, model, tokenizer, ["One."], texts, tmp_path)[
-        -1
-    ]
+    args = Namespace(out=tmp_path, tasks=["none"])
+    system = ("base", ["x"], None, [])
+    inputs = module.measure(system, model, tokenizer, ["One."], texts, args)
+    inputs = inputs[inputs.metric == "inputs"]
     given = [torch.tensor([1, *tokenizer(text).input_ids]) for text in texts]
     assert inputs.value.tolist() == pytest.approx(
         model_nll(model, given).tolist(), rel=1e-5
@@ -493,17 +500,23 @@ def test_texts_in_all_forms(module, tmp_path):
     prompt = {"text": "So I said", "toxicity": 0.3}
     published = [{"prompt": prompt, "continuation": {"text": "x"}, "challenging": True}]
     published = write_jsonl(tmp_path / "rtp.jsonl", published)
-    (row,) = module.read_texts([str(published)], 0)
-    assert module.continuation(row) == ("So I said", "challenging")
-    row = module.as_text({"text": "one two three four five six"})
-    assert module.continuation(row) == ("one two three", "plain")
+    (row,) = module.read_rows(str(published), partial(module.as_input, "continue"))
+    assert row == ("So I said", "challenging")
+    (row,) = module.read_rows(str(published), partial(module.as_input, "rewrite"))
+    assert row is None  # not toxic
+    row = module.as_input("toxigen", {"text": "a", "whole": True, "target_group": "b"})
+    assert row == ("a", "b")
+    unknown = {"prompt": {"text": "one two three four", "toxicity": None}}
+    assert module.as_input("rewrite", unknown) is None
+    row = module.as_input("continue", {"text": "one two three four five six"})
+    assert row == ("one two three", None)
+    row = module.as_input("benign", {"passage": "The Muslim and the gay man sat down."})
+    assert row[1] == "religion"
+    assert module.as_input("benign", {"text": "They sat down."}) is None
     toxigen = tmp_path / "hate_trans_1k.txt"
-    toxigen.write_text(
-        "- first one\\n- second one\\n-\n- first one\\n- second one\\n-\n"
-    )
-    (row,) = module.read_texts([str(toxigen)], 0)
-    assert row["group"] == "trans" and row["whole"]
-    assert row["text"] == "- first one\n- second one\n-"
+    toxigen.write_text("- first one\\n- second one\\n-\n")
+    (row,) = module.read_rows(str(toxigen), partial(module.as_input, "toxigen"))
+    assert row == ("- first one\n- second one\n-", "hate_trans_1k")
 
 
 def test_judges(module, tiny, tmp_path, capsys):
@@ -546,7 +559,7 @@ def test_judges(module, tiny, tmp_path, capsys):
     refused(capsys, stop.value.code, "non-toxic, toxic")
 
 
-def test_local_tasks(module, monkeypatch):
+def test_local_tasks(module, tiny, monkeypatch):
     monkeypatch.chdir(REAL.parent.parent)
     for name, choices in (
         ("piqa", 2),
@@ -559,6 +572,9 @@ def test_local_tasks(module, monkeypatch):
         assert items[0]["query"].endswith("Answer:")
         assert max(items["gold"]) == choices - 1
     assert module.local_task("gsm8k") == "gsm8k"
+    rows = module.task_items(*load_model(str(tiny), "cpu"), 4, "boolq")
+    assert [row["prompt"] for row in rows] == [0, 1, 2, 3]
+    assert {row["value"] for row in rows} <= {0, 100} and rows[0]["metric"] == "acc"
 
 
 def test_masking(module):

@@ -304,15 +304,17 @@ def test_a_run_and_its_summary(whole):
     sizes = [(len(line["positives"]), len(line["negatives"])) for line in mined]
     assert sum(n for _, n in sizes) >= 5
     fields = {
+        "kind",
         "text",
         "toxicity",
         "similarity",
-        "nll",
         "length_ratio",
         "overlap",
         "rule",
     }
     assert all(fields <= set(c) for c in candidates(whole))
+    kept = [c for line in mined for c in line["positives"] + line["negatives"]]
+    assert all(c["nll"] > 0 and c["rule"] == "kept" for c in kept)
 
     summary = json.loads((whole.parent / "mining.json").read_text())
     assert summary["anchors"] == 10
