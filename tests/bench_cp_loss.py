@@ -77,7 +77,9 @@ def ways(device: str) -> dict:
 def resident(key: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at its peak."""
     return next(
-        int(x.split()[1]) * 1024 for x in open("/proc/self/status") if x.startswith(key)
+        int(x.split()[1]) * 1024
+        for x in open("/proc/self/status")
+        if x.startswith(key)
     )
 
 
@@ -142,7 +144,9 @@ def measure(
     error, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         run()  # warm-up, compilation
-        if name != "bound":  # peers return log-probabilities or nll: the sign is theirs
+        if (
+            name != "bound"
+        ):  # peers return log-probabilities or nll: the sign is theirs
             away = [
                 (s * h.grad.double() - truth).norm() / truth.norm() for s in (1, -1)
             ]
@@ -152,7 +156,9 @@ def measure(
             times[name].append(seconds(run, device))
     del runs["bound"]
     memory = {name: extra_memory(run, device) for name, run in runs.items()}
-    kind = f"{' x '.join(map(str, shape))}, {str(dtype)[6:]}{', head trains' * head}"
+    kind = (
+        f"{' x '.join(map(str, shape))}, {str(dtype)[6:]}{', head trains' * head}"
+    )
     report(kind, times, memory, error)
 
 
@@ -168,9 +174,7 @@ def report(kind: str, times: dict, memory: dict, error: dict) -> None:
     print("| --- " * 5 + "|")
     for name in times:
         low, _, high = (1000 * q for q in statistics.quantiles(times[name], n=4))
-        took = (
-            f"{1000 * t[name]:.0f} [{low:.0f}, {high:.0f}] | {t[name] / t['ours']:.2f}"
-        )
+        took = f"{1000 * t[name]:.0f} [{low:.0f}, {high:.0f}] | {t[name] / t['ours']:.2f}"
         rest = " | "
         if name in memory:
             rest = f"{memory[name] / 1e6:.0f} | {error[name]:.1e}"

@@ -24,7 +24,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-spec = importlib.util.spec_from_file_location("mining", ROOT / "01_mine_negatives.py")
+spec = importlib.util.spec_from_file_location(
+    "mining", ROOT / "01_mine_negatives.py"
+)
 mining = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(mining)
 COUNT = 12  # samples a prompt
@@ -38,7 +40,12 @@ def contiguous(_, inputs):
 def generate_plainly(model, tokenizer, prompts, limit, stop) -> list[str]:
     """Samples by `model.generate`, in batches of like length."""
     rows = sorted((p for p in prompts for _ in range(COUNT)), key=len)
-    how = {"do_sample": True, "temperature": 0.7, "top_k": 50, "max_new_tokens": limit}
+    how = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 50,
+        "max_new_tokens": limit,
+    }
     how |= {"eos_token_id": stop, "pad_token_id": tokenizer.eos_token_id}
     lines = []
     with model.get_output_embeddings().register_forward_pre_hook(contiguous):
@@ -106,7 +113,9 @@ class Recorded:
     def __call__(self, prompts, limit, count, temperature, _push):
         self.calls += 1
         text = f"the cat number {self.calls} sat on mat {limit} at {temperature}"
-        return [(i, f"{text} {k}") for i in range(len(prompts)) for k in range(count)]
+        return [
+            (i, f"{text} {k}") for i in range(len(prompts)) for k in range(count)
+        ]
 
 
 def recorded_scores(drawn, kind, *_) -> list[dict]:
@@ -119,7 +128,8 @@ def recorded_scores(drawn, kind, *_) -> list[dict]:
     }
     toxicity = [0.9 * (i % 2) for i in range(len(drawn))]
     return [
-        {"text": text, "toxicity": t} | same for (_, text), t in zip(drawn, toxicity)
+        {"text": text, "toxicity": t} | same
+        for (_, text), t in zip(drawn, toxicity)
     ]
 
 
@@ -137,7 +147,10 @@ def memory_at(n: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/seeds.jsonl", "w") as f:
             for i in range(n):
-                seed = {"id": f"seed-{i:06d}", "text": f"the cat sat on mat number {i}"}
+                seed = {
+                    "id": f"seed-{i:06d}",
+                    "text": f"the cat sat on mat number {i}",
+                }
                 f.write(json.dumps(seed) + "\n")
         sys.argv = ["01", "--seeds", f"{folder}/seeds.jsonl", "--run", folder]
         before = peak()
@@ -158,7 +171,9 @@ if __name__ == "__main__":
     elif args.memory:
         for n in (1_000, 100_000):
             command = [sys.executable, __file__, "--at", str(n)]
-            made = subprocess.run(command, capture_output=True, text=True, check=True)
+            made = subprocess.run(
+                command, capture_output=True, text=True, check=True
+            )
             print(made.stdout.splitlines()[-1])
     else:
         speed(args.repeats)

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from bench_ablation import PAIRS, load_stage, pairs
 
 training = load_stage()
@@ -65,9 +66,14 @@ def official(model, store, chosen, args):
     """All rows padded to the longest, logits of every position in float32, then the objective."""
     ids = [store.ids[i].long() for i in chosen]
     batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (S, L)
-    width, length = torch.arange(batch.shape[1]), torch.tensor([len(x) for x in ids])
+    width, length = (
+        torch.arange(batch.shape[1]),
+        torch.tensor([len(x) for x in ids]),
+    )
     real = width < length[:, None]
-    scored = (real & (width >= store.start[chosen][:, None]))[:, 1:].to(model.device)
+    scored = (real & (width >= store.start[chosen][:, None]))[:, 1:].to(
+        model.device
+    )
     batch = batch.to(model.device)
     with training.autocast(model):
         out = model(batch, attention_mask=real.to(model.device), use_cache=False)
@@ -109,7 +115,9 @@ class Clock:
         self.start = time.perf_counter()
         if not self.target:
             return False
-        return self.gaps[-1] >= self.gaps[0] + self.target or self.seconds > self.limit
+        return (
+            self.gaps[-1] >= self.gaps[0] + self.target or self.seconds > self.limit
+        )
 
     def result(self, tokens: list) -> dict:
         rate = sum(tokens[1 : self.steps + 1]) / self.seconds
@@ -150,7 +158,9 @@ def measure(way: str, lr: float, given) -> dict:
         optimizer.zero_grad()
         if clock.tick():
             break
-    return clock.result([sum(len(store.ids[i]) for i in chosen) for chosen in picks])
+    return clock.result(
+        [sum(len(store.ids[i]) for i in chosen) for chosen in picks]
+    )
 
 
 def preferences(tokenizer, store, picks) -> tuple:
@@ -160,9 +170,13 @@ def preferences(tokenizer, store, picks) -> tuple:
     rows, sizes = [], []
     for chosen in picks:
         size = 0
-        for winner, loser in zip(*(chosen[x].tolist() for x in pairs(store, chosen))):
+        for winner, loser in zip(
+            *(chosen[x].tolist() for x in pairs(store, chosen))
+        ):
             start = int(store.start[winner])
-            prompt = tokenizer.decode(store.ids[winner][1:start]) or tokenizer.bos_token
+            prompt = (
+                tokenizer.decode(store.ids[winner][1:start]) or tokenizer.bos_token
+            )
             good, bad = (
                 tokenizer.decode(store.ids[i][start:]) for i in (winner, loser)
             )
@@ -238,9 +252,15 @@ def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--run", type=Path, default=Path("runs/default"), help="%(default)s")
-    p.add_argument("--steps", type=int, default=8, help="timed a process (%(default)s)")
-    p.add_argument("--turns", type=int, default=2, help="processes a way (%(default)s)")
+    p.add_argument(
+        "--run", type=Path, default=Path("runs/default"), help="%(default)s"
+    )
+    p.add_argument(
+        "--steps", type=int, default=8, help="timed a process (%(default)s)"
+    )
+    p.add_argument(
+        "--turns", type=int, default=2, help="processes a way (%(default)s)"
+    )
     p.add_argument(
         "--gap", type=float, default=0, help="race to this rise of the gap, nats"
     )
@@ -267,13 +287,15 @@ def main() -> None:
         print(json.dumps(measure(args.way, args.lr, args)))
         return
     if args.gap:
-        print("| way | learning rate | seconds | steps | rise |\n" + "| --- " * 5 + "|")
+        print(
+            "| way | learning rate | seconds | steps | rise |\n"
+            + "| --- " * 5
+            + "|"
+        )
         for way, lr in RACE:
             got = child(way, lr)
             reached = "" if got["rise"] >= args.gap else "not in "
-            took = (
-                f"{reached}{got['seconds']:.0f} | {got['steps']} | {got['rise']:+.2f}"
-            )
+            took = f"{reached}{got['seconds']:.0f} | {got['steps']} | {got['rise']:+.2f}"
             print(f"| {way} | {lr:g} | {took} |", flush=True)
         return
     got = {way: [] for way in WAYS}
@@ -283,10 +305,14 @@ def main() -> None:
     print(
         "| way | real tokens/s | ours / it | peak above the model, GB |\n| --- | --- | --- | --- |"
     )
-    rate = {w: statistics.median(g["rate"] for g in some) for w, some in got.items()}
+    rate = {
+        w: statistics.median(g["rate"] for g in some) for w, some in got.items()
+    }
     for w, some in got.items():
         peak = statistics.median(g["memory"] for g in some) / 1e9
-        print(f"| {w} | {rate[w]:.0f} | {rate['ours'] / rate[w]:.2f} | {peak:.2f} |")
+        print(
+            f"| {w} | {rate[w]:.0f} | {rate['ours'] / rate[w]:.2f} | {peak:.2f} |"
+        )
 
 
 if __name__ == "__main__":

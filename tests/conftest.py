@@ -56,7 +56,9 @@ def lines(path):
 
 def refused(capsys, status: int, *words: str) -> str:
     """Exit status 2 and one line on stderr with these words."""
-    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    errors = [
+        x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")
+    ]
     assert status == 2 and len(errors) == 1, errors
     for word in words:
         assert word in errors[0], errors[0]
@@ -82,7 +84,10 @@ def tiny(tmp_path_factory) -> Path:
     model = transformers.LlamaForCausalLM(config)
     with torch.no_grad():
         # it says "\n" about every sixth token, so that its rewrites end
-        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[198, 0] = 1.0, 0.4
+        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[198, 0] = (
+            1.0,
+            0.4,
+        )
     model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(REAL).save_pretrained(path)
     return path

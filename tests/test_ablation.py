@@ -4,9 +4,10 @@ import copy
 import math
 from argparse import Namespace
 
-import bench_ablation
 import pytest
 import torch
+
+import bench_ablation
 
 
 def softplus(x: float) -> float:

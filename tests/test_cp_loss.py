@@ -56,7 +56,9 @@ def relative(got, want) -> float:
         (40, 96, 1003, 256),
     ],
 )
-def test_linear_nll_value_and_gradients(dtype, loose, with_bias, softcap, head, shape):
+def test_linear_nll_value_and_gradients(
+    dtype, loose, with_bias, softcap, head, shape
+):
     """Against log_softmax in float64 on the same rounded inputs, over ragged chunks."""
     torch.manual_seed(0)
     T, D, V, chunk = shape
@@ -66,15 +68,22 @@ def test_linear_nll_value_and_gradients(dtype, loose, with_bias, softcap, head, 
     for inputs in (ours, exact):
         for i, x in enumerate(inputs):
             x.requires_grad_(i == 0 or head == "trained")
-    targets, scale = torch.randint(V, (T,)), torch.rand(T, dtype=torch.float64) + 0.1
+    targets, scale = (
+        torch.randint(V, (T,)),
+        torch.rand(T, dtype=torch.float64) + 0.1,
+    )
     want = plain_nll(*exact[:2], targets, *exact[2:], softcap=softcap)
-    got = linear_nll(*ours[:2], targets, *ours[2:], chunk_size=chunk, softcap=softcap)
+    got = linear_nll(
+        *ours[:2], targets, *ours[2:], chunk_size=chunk, softcap=softcap
+    )
     assert got.shape == (T,)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert relative(got, want) <= loose
     count = len(given) if head == "trained" else 1
     grads = torch.autograd.grad((got * scale).sum(), ours[:count])
-    for g, w in zip(grads, torch.autograd.grad((want * scale).sum(), exact[:count])):
+    for g, w in zip(
+        grads, torch.autograd.grad((want * scale).sum(), exact[:count])
+    ):
         assert g.dtype == dtype and relative(g, w) <= loose
 
 
@@ -142,7 +151,9 @@ def test_linear_nll_used_twice_compiled_checkpointed(head):
     want = gradients(plain_nll(hidden, weight, targets))
     got = ours(hidden, weight)
     compiled = torch.compile(ours, backend="aot_eager")(hidden, weight)
-    saved = torch.utils.checkpoint.checkpoint(ours, hidden, weight, use_reentrant=False)
+    saved = torch.utils.checkpoint.checkpoint(
+        ours, hidden, weight, use_reentrant=False
+    )
     variants = [gradients(got, retain_graph=True), gradients(got)]
     for grads in (*variants, gradients(saved), gradients(compiled)):
         for g, w in zip(grads, want):
@@ -168,7 +179,9 @@ def test_linear_nll_under_autocast():
             grad.dtype == torch.float32
             and relative(
                 grad,
-                torch.autograd.grad(want.sum(), hidden, retain_graph=True)[0].double(),
+                torch.autograd.grad(want.sum(), hidden, retain_graph=True)[
+                    0
+                ].double(),
             )
             < 1e-2
         )
@@ -235,7 +248,9 @@ def test_cp_loss_equals_the_loop(phi, distance, given, alpha, tau):
     anchor = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 2])  # ragged
     positive = torch.tensor([1, 0, 0, 1, 0, 1, 1, 1, 0, 0]).bool()
     nll = (torch.rand(10, dtype=torch.float64) * 2).requires_grad_()
-    prototype = torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64) if given else None
+    prototype = (
+        torch.tensor([1.0, 2.0, 1.5], dtype=torch.float64) if given else None
+    )
     want = loop_loss(nll, positive, anchor, prototype, alpha, tau, phi, distance)
     low = nll.detach().float().requires_grad_()
     got, stats = cp_loss(
@@ -369,7 +384,11 @@ def test_cp_loss_signs(prototype):
             distance=distance,
         )[0].sum().backward()
         signs[distance] = nll.grad.sign().int().tolist()
-    assert signs["absolute"][3:] == [1, 0, -1] and signs["signed"][3:] == [-1, -1, -1]
+    assert signs["absolute"][3:] == [1, 0, -1] and signs["signed"][3:] == [
+        -1,
+        -1,
+        -1,
+    ]
     if prototype is not None:  # a free one adds its own pull to every positive
         assert signs["absolute"][:3] == signs["signed"][:3] == [-1, 0, 1]
 
@@ -384,7 +403,12 @@ def test_cp_loss_refuses():
         cp_loss(nll, positive, anchor)
     with pytest.raises(ValueError, match=r"anchors without positives: \[1\]"):
         cp_loss(nll, torch.tensor([True, False, False]), anchor)
-    for bad in ({"tau": 0.0}, {"alpha": -1.0}, {"phi": "ppl"}, {"distance": "squared"}):
+    for bad in (
+        {"tau": 0.0},
+        {"alpha": -1.0},
+        {"phi": "ppl"},
+        {"distance": "squared"},
+    ):
         with pytest.raises(ValueError, match="not a valid choice"):
             cp_loss(nll[:2], positive[:2], anchor[:2], **bad)
     with pytest.raises(ValueError, match="must be"):
@@ -506,7 +530,9 @@ def test_a_training_step_in_each_family(family, monkeypatch):
     for nll in (torch.stack(own), model_nll(model, ids, max_tokens=32)):
         loss, _ = cp_loss(nll, positive, anchor)
         grads.append(
-            torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), weights)])
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(loss.mean(), weights)]
+            )
         )
     want, got = grads
     assert want.norm() > 1e-6 and (got - want).norm() / want.norm() < 1e-3
@@ -567,9 +593,7 @@ def test_the_faster_dtype_is_taken(monkeypatch):
 def test_copied_alone_it_runs(tmp_path):
     shutil.copy(ROOT / "cp_loss.py", tmp_path)
     use = "import torch, cp_loss; x = torch.tensor([1.0, 2.0]); good = torch.tensor([True, False])"
-    use += (
-        "; print(cp_loss.cp_loss(x, good, torch.zeros(2, dtype=torch.long))[0].item())"
-    )
+    use += "; print(cp_loss.cp_loss(x, good, torch.zeros(2, dtype=torch.long))[0].item())"
     command = [sys.executable, "-c", use]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert abs(float(done.stdout) - math.log(1 + math.exp(-1))) < 1e-6, done.stderr

@@ -33,7 +33,9 @@ JUDGED += [
     for w in WORDS
 ]
 WIKI = [
-    {"text": f"The {a} near the {b} was finished early."} for a in WORDS for b in WORDS
+    {"text": f"The {a} near the {b} was finished early."}
+    for a in WORDS
+    for b in WORDS
 ]
 
 
@@ -66,7 +68,9 @@ def figures(out) -> dict:
 def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     refused(capsys, stage("04", "--k", 0), "--k")
     refused(capsys, stage("04", "--outputs", "base=x"), "a name of its own")
-    refused(capsys, stage("04", "--run", tmp_path), "run 02_build_prototypes.py first")
+    refused(
+        capsys, stage("04", "--run", tmp_path), "run 02_build_prototypes.py first"
+    )
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
     refused(capsys, stage("04", "--run", tmp_path), "run 03_train_cp.py first")
     other = AutoModelForCausalLM.from_pretrained(tiny)
@@ -130,13 +134,25 @@ def test_a_report_has_every_protocol_and_file(report):
         "benign, ",
     ):
         assert part in text
-    assert "failed: " in text and "Cohen's kappa" in text and "8 words in a row" in text
+    assert (
+        "failed: " in text
+        and "Cohen's kappa" in text
+        and "8 words in a row" in text
+    )
     assert (report / "rewrites.png").stat().st_size > 3000
     record = json.loads((report / "report.json").read_text())
-    assert {"command", "seed", "options", "versions", "git", "device", "notes"} <= set(
-        record
+    assert {
+        "command",
+        "seed",
+        "options",
+        "versions",
+        "git",
+        "device",
+        "notes",
+    } <= set(record)
+    assert any(
+        path.endswith("adapter_model.safetensors") for path in record["sha256"]
     )
-    assert any(path.endswith("adapter_model.safetensors") for path in record["sha256"])
     assert any(path.endswith("generations.jsonl") for path in record["sha256"])
 
 
@@ -151,7 +167,9 @@ def test_what_is_kept_is_not_computed_again(
     assert figures(tmp_path) == figures(report)
     options = ["--threshold", 0.0, "--judge", "profanity-check"]
     assert stage(*command, "--out", tmp_path, *options) == 0
-    assert figures(tmp_path)["rewrite/toxic@profanity-check"]["base"]["value"] == 100
+    assert (
+        figures(tmp_path)["rewrite/toxic@profanity-check"]["base"]["value"] == 100
+    )
 
 
 def test_scores_of_a_judge_taught_otherwise_are_not_kept(
@@ -159,7 +177,8 @@ def test_scores_of_a_judge_taught_otherwise_are_not_kept(
 ):
     shutil.copytree(report / "kept", tmp_path / "kept")
     turned = write_jsonl(
-        tmp_path / "turned.jsonl", [row | {"toxic": not row["toxic"]} for row in JUDGED]
+        tmp_path / "turned.jsonl",
+        [row | {"toxic": not row["toxic"]} for row in JUDGED],
     )
     assert stage(*command, "--out", tmp_path, "--judge-data", turned) == 0
     before, after = (
@@ -190,17 +209,23 @@ def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
     assert figures(tmp_path) == figures(report)
 
 
-def test_seeds_of_a_recipe_and_other_systems(stage, command, trained, report, tmp_path):
+def test_seeds_of_a_recipe_and_other_systems(
+    stage, command, trained, report, tmp_path
+):
     """Two adapters of one name give mean and spread; the base's own outputs, as another system's,
     change nothing."""
     shutil.copytree(trained / "adapter", tmp_path / "second")
     file = tmp_path / "second/adapter_model.safetensors"
     save_file({name: -3 * x for name, x in load_file(file).items()}, file)
     base = [
-        row for row in lines(report / "generations.jsonl") if row["system"] == "base"
+        row
+        for row in lines(report / "generations.jsonl")
+        if row["system"] == "base"
     ]
     base = [row for row in base if row["protocol"] in ("rewrite", "continue")]
-    same = [{key: row[key] for key in ("protocol", "input", "output")} for row in base]
+    same = [
+        {key: row[key] for key in ("protocol", "input", "output")} for row in base
+    ]
     same = write_jsonl(tmp_path / "same.jsonl", same)
     options = [
         "--adapter",
@@ -208,14 +233,18 @@ def test_seeds_of_a_recipe_and_other_systems(stage, command, trained, report, tm
         f"ours={tmp_path / 'second'}",
     ]
     assert (
-        stage(*command, *options, "--outputs", f"same={same}", "--out", tmp_path) == 0
+        stage(*command, *options, "--outputs", f"same={same}", "--out", tmp_path)
+        == 0
     )
     got, single = figures(tmp_path), figures(report)
     for key in ("rewrite/similarity", "wiki/per_token"):
         f = got[key]["ours"]
-        assert f["seeds"][0] == pytest.approx(single[key]["tuned"]["value"], abs=1e-6)
+        assert f["seeds"][0] == pytest.approx(
+            single[key]["tuned"]["value"], abs=1e-6
+        )
         assert (
-            f["spread"] == pytest.approx(np.std(f["seeds"], ddof=1)) and f["spread"] > 0
+            f["spread"] == pytest.approx(np.std(f["seeds"], ddof=1))
+            and f["spread"] > 0
         )
     f = got["rewrite/similarity"]["ours"]
     assert f["value"] == pytest.approx(np.mean(f["seeds"]))
@@ -229,7 +258,9 @@ def test_seeds_of_a_recipe_and_other_systems(stage, command, trained, report, tm
     )
 
 
-def test_outputs_that_do_not_fit_are_refused(stage, command, report, tmp_path, capsys):
+def test_outputs_that_do_not_fit_are_refused(
+    stage, command, report, tmp_path, capsys
+):
     shutil.copytree(report / "kept", tmp_path / "kept")
     first = next(
         x for x in lines(report / "generations.jsonl") if x["protocol"] == "rewrite"
@@ -246,7 +277,9 @@ def test_outputs_that_do_not_fit_are_refused(stage, command, report, tmp_path, c
         refused(capsys, status, word)
 
 
-def test_blackbox_rewrites_another_systems_outputs(stage, command, report, tmp_path):
+def test_blackbox_rewrites_another_systems_outputs(
+    stage, command, report, tmp_path
+):
     rows = lines(report / "generations.jsonl")
     prompts = sorted({row["input"] for row in rows if row["protocol"] == "rewrite"})
     theirs = [
@@ -260,7 +293,9 @@ def test_blackbox_rewrites_another_systems_outputs(stage, command, report, tmp_p
     theirs = write_jsonl(tmp_path / "theirs.jsonl", theirs)
     assert stage(*command, "--outputs", f"theirs={theirs}", "--out", tmp_path) == 0
     rows = [
-        x for x in lines(tmp_path / "generations.jsonl") if x["protocol"] == "blackbox"
+        x
+        for x in lines(tmp_path / "generations.jsonl")
+        if x["protocol"] == "blackbox"
     ]
     assert len({row["input"] for row in rows}) == 5
     assert all(row["input"].startswith("You stupid idiot") for row in rows)
@@ -317,7 +352,9 @@ def test_a_server_is_a_system(
     shutil.copytree(report / "kept", tmp_path / "kept")
     options = ["--server", f"lora={server}#man", "--out", tmp_path]
     assert stage(*command, *options) == 0
-    rows = [x for x in lines(tmp_path / "generations.jsonl") if x["system"] == "lora"]
+    rows = [
+        x for x in lines(tmp_path / "generations.jsonl") if x["system"] == "lora"
+    ]
     counts = pd.Series([row["protocol"] for row in rows]).value_counts().to_dict()
     assert (
         counts == {"rewrite": 5, "continue": 8, "benign": 3}
@@ -338,7 +375,8 @@ def test_a_server_is_a_system(
     assert said == {"The man walked slowly to the lake."}
     got = figures(tmp_path)
     assert (
-        got["rewrite/failed"]["lora"]["n"] == 5 and "lora" not in got["wiki/per_token"]
+        got["rewrite/failed"]["lora"]["n"] == 5
+        and "lora" not in got["wiki/per_token"]
     )
     assert stage(*command, *options) == 0 and len(Answers.asked) == 16  # kept
     monkeypatch.setattr(Answers, "broken", True)
@@ -383,7 +421,12 @@ def test_metrics_by_hand(module):
     rows = []
     for prompt, output, p, s, failure in said:
         row = {"prompt": prompt, "input": "big Blind cat", "output": output}
-        scores = {"toxicity": {"j": p}, "similarity": s, "clean": s / 2, "fluency": 2.0}
+        scores = {
+            "toxicity": {"j": p},
+            "similarity": s,
+            "clean": s / 2,
+            "fluency": 2.0,
+        }
         rows.append(unit | row | scores | {"failure": failure})
     outputs = pd.DataFrame(rows)
     outputs["failure"] = pd.Series([row["failure"] for row in rows], dtype=object)
@@ -414,7 +457,11 @@ def test_groups_are_protocols(module):
 
 def test_statistics(module):
     zero = module.interval(np.zeros(2000), 60, is_rate=True)
-    assert zero["value"] == zero["low"] == 0 and zero["high"] == 5.0 and zero["n"] == 60
+    assert (
+        zero["value"] == zero["low"] == 0
+        and zero["high"] == 5.0
+        and zero["n"] == 60
+    )
     x = np.random.default_rng(0).normal(3, 2, 400)
     one = {
         "protocol": "p",
@@ -423,7 +470,9 @@ def test_statistics(module):
         "seed": 0,
         "weight": np.nan,
     }
-    f = module.summarise(pd.DataFrame({"value": x, "prompt": range(400)}).assign(**one))
+    f = module.summarise(
+        pd.DataFrame({"value": x, "prompt": range(400)}).assign(**one)
+    )
     f = f["p/joint"]["base"]
     assert f["value"] == pytest.approx(x.mean())
     assert f["se"] == pytest.approx(0.1, rel=0.15)
@@ -436,7 +485,11 @@ def test_statistics(module):
             "value": i + more,
             "weight": 1 + i,
         }
-        for system, seed, more in (("base", 0, 1.0), ("ours", 0, 1.1), ("ours", 1, 1.3))
+        for system, seed, more in (
+            ("base", 0, 1.0),
+            ("ours", 0, 1.1),
+            ("ours", 1, 1.3),
+        )
         for i in (0, 1)
     ]
     long = pd.DataFrame(rows).assign(protocol="wiki", metric="per_token")
@@ -454,15 +507,21 @@ def test_wiki_perplexity_counts_each_token_once(module, tiny, tmp_path):
     system = ("base", ["x"], None, [])
     made = module.measure(system, model, tokenizer, texts, ["The lake."], args)
     per_token = made[made.metric == "per_token"].astype({"weight": int})
-    ids = torch.tensor(tokenizer(" ".join(texts), add_special_tokens=False).input_ids)
+    ids = torch.tensor(
+        tokenizer(" ".join(texts), add_special_tokens=False).input_ids
+    )
     assert per_token.weight.sum() == len(ids) - 1 and len(ids) > 1000
     total = 0.0
-    for begin in range(0, len(ids) - 256, 256):  # each window by the model's own loss
+    for begin in range(
+        0, len(ids) - 256, 256
+    ):  # each window by the model's own loss
         window, start = ids[begin : begin + 512], 256 if begin else 1
         with torch.no_grad():
             logits = model(window[None]).logits[0, start - 1 : -1].log_softmax(-1)
         total -= logits.gather(1, window[start:, None]).sum().item()
-    assert (per_token.value * per_token.weight).sum() == pytest.approx(total, rel=1e-5)
+    assert (per_token.value * per_token.weight).sum() == pytest.approx(
+        total, rel=1e-5
+    )
 
 
 def test_perplexity_of_inputs(module, tiny, tmp_path):
@@ -485,11 +544,15 @@ def test_generation_shares_prompts_and_changes_nothing(module, tiny):
     model, tokenizer = load_model(str(tiny), "cpu")
     tokenizer.pad_token = tokenizer.eos_token
     prompts = ["The lake", "A very long walk to the other side of the town", "Sing"]
-    rows = [{"text": text, "limit": 6, "sample": j} for text in prompts for j in (0, 1)]
+    rows = [
+        {"text": text, "limit": 6, "sample": j} for text in prompts for j in (0, 1)
+    ]
     got = module.generate(model, tokenizer, pd.DataFrame(rows), 1e-4, None)
     for i, prompt in enumerate(prompts):
         prompt = tokenizer.bos_token + prompt
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        ids = tokenizer(
+            prompt, return_tensors="pt", add_special_tokens=False
+        ).input_ids
         options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         text = tokenizer.decode(greedy[0, ids.shape[1] :], skip_special_tokens=True)
@@ -498,19 +561,25 @@ def test_generation_shares_prompts_and_changes_nothing(module, tiny):
 
 def test_texts_in_all_forms(module, tmp_path):
     prompt = {"text": "So I said", "toxicity": 0.3}
-    published = [{"prompt": prompt, "continuation": {"text": "x"}, "challenging": True}]
+    published = [
+        {"prompt": prompt, "continuation": {"text": "x"}, "challenging": True}
+    ]
     published = write_jsonl(tmp_path / "rtp.jsonl", published)
     (row,) = module.read_rows(str(published), partial(module.as_input, "continue"))
     assert row == ("So I said", "challenging")
     (row,) = module.read_rows(str(published), partial(module.as_input, "rewrite"))
     assert row is None  # not toxic
-    row = module.as_input("toxigen", {"text": "a", "whole": True, "target_group": "b"})
+    row = module.as_input(
+        "toxigen", {"text": "a", "whole": True, "target_group": "b"}
+    )
     assert row == ("a", "b")
     unknown = {"prompt": {"text": "one two three four", "toxicity": None}}
     assert module.as_input("rewrite", unknown) is None
     row = module.as_input("continue", {"text": "one two three four five six"})
     assert row == ("one two three", None)
-    row = module.as_input("benign", {"passage": "The Muslim and the gay man sat down."})
+    row = module.as_input(
+        "benign", {"passage": "The Muslim and the gay man sat down."}
+    )
     assert row[1] == "religion"
     assert module.as_input("benign", {"text": "They sat down."}) is None
     toxigen = tmp_path / "hate_trans_1k.txt"

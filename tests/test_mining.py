@@ -21,7 +21,18 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
 
 LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3]
-LOOSE += ["--rude", 2, "--clean", 2, "--rounds", 2, "--chunk", 4, "--dtype", "float32"]
+LOOSE += [
+    "--rude",
+    2,
+    "--clean",
+    2,
+    "--rounds",
+    2,
+    "--chunk",
+    4,
+    "--dtype",
+    "float32",
+]
 SEEDS = [
     {"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(10)
 ]
@@ -60,7 +71,9 @@ def test_formats_of_seeds(mining, options, tmp_path):
     assert texts(plain) == [(None, "One line."), (None, "Another line.")]
 
     toxigen = tmp_path / "neutral_left_handed_1k.txt"
-    toxigen.write_text("- a one\\n- b two\\n-\n- b two\\n- c three, and - more\\n-\n")
+    toxigen.write_text(
+        "- a one\\n- b two\\n-\n- b two\\n- c three, and - more\\n-\n"
+    )
     wanted = [("left_handed", x) for x in ("a one", "b two", "c three, and - more")]
     assert texts(toxigen) == wanted
     assert texts(toxigen, "--per-group", 2) == wanted[:2]
@@ -142,7 +155,9 @@ NEGATIVE = {
 def test_selection_rule(mining, options):
     args = options("--keep-positives", 2, "--keep-negatives", 2)
     pool = [entry(mining, "positive", text, *x[:3]) for text, x in POSITIVE.items()]
-    pool += [entry(mining, "negative", text, *x[:3]) for text, x in NEGATIVE.items()]
+    pool += [
+        entry(mining, "negative", text, *x[:3]) for text, x in NEGATIVE.items()
+    ]
     line = {"text": SEED, "positives": [], "negatives": [], "rejected": list(pool)}
     for _ in range(2):  # another round with nothing new changes nothing
         mining.select(line, args)
@@ -216,7 +231,9 @@ def test_judges_by_label(mining, tmp_path, capsys, labels, name, toxic):
         refused(capsys, stop.value.code, "which of its labels", *labels)
         return
     texts = ["a sentence", "one that is longer"]
-    for text, got in zip(texts, mining.load_judge(f"{tmp_path}{name}", "cpu")(texts)):
+    for text, got in zip(
+        texts, mining.load_judge(f"{tmp_path}{name}", "cpu")(texts)
+    ):
         z = model(**tokenizer(text, return_tensors="pt")).logits[0]
         p = z.sigmoid() if len(labels) == 1 else z.softmax(0)
         assert abs(got - p[toxic].item()) < 1e-5
@@ -231,11 +248,15 @@ def test_local_generation_is_the_models_own(mining, options):
     model, tokenizer = mining.load_model(args.model, "cpu", dtype="float32")
     texts = [seed["text"] for seed in SEEDS[:4]] + ["It rained."]
     prompts = mining.make_prompts("negative", texts, 0, args)
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left"
+    )
     how = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": 2}
     made = model.generate(**inputs, **how)[:, inputs.input_ids.shape[1] :]
     wanted = []
-    for i, text in enumerate(tokenizer.batch_decode(made, skip_special_tokens=True)):
+    for i, text in enumerate(
+        tokenizer.batch_decode(made, skip_special_tokens=True)
+    ):
         if "\n" in text:
             wanted += 2 * [(i, text.split("\n")[0].strip())]
     computed = []
@@ -286,7 +307,8 @@ def run(stage, tiny, tmp_path_factory):
 
     def run(folder):
         assert (
-            stage("01", "--seeds", seeds, "--model", tiny, "--run", folder, *LOOSE) == 0
+            stage("01", "--seeds", seeds, "--model", tiny, "--run", folder, *LOOSE)
+            == 0
         )
         return folder / "mined.jsonl"
 
@@ -360,7 +382,16 @@ def test_files_of_several_machines_are_read_together(stage, tiny, tmp_path, caps
     for i in range(3):
         seeds = write_jsonl(tmp_path / f"seeds-{i}.jsonl", SEEDS[i::3])
         parts.append(tmp_path / f"mined-{i}.jsonl")
-        command = ["01", "--seeds", seeds, "--model", tiny, "--out", parts[i], *LOOSE]
+        command = [
+            "01",
+            "--seeds",
+            seeds,
+            "--model",
+            tiny,
+            "--out",
+            parts[i],
+            *LOOSE,
+        ]
         assert stage(*command) == 0
         assert (tmp_path / f"mining-{i}.json").exists()
     stores = []
@@ -377,12 +408,19 @@ def test_files_of_several_machines_are_read_together(stage, tiny, tmp_path, caps
     refused(capsys, status, "more than once")
 
 
-def test_refuses_an_output_of_other_seeds_or_with_a_bad_line(stage, tmp_path, capsys):
-    seeds, out = write_jsonl(tmp_path / "seeds.jsonl", SEEDS), tmp_path / "mined.jsonl"
+def test_refuses_an_output_of_other_seeds_or_with_a_bad_line(
+    stage, tmp_path, capsys
+):
+    seeds, out = (
+        write_jsonl(tmp_path / "seeds.jsonl", SEEDS),
+        tmp_path / "mined.jsonl",
+    )
     bad = {
         "{oops\n" + json.dumps(mined_line(1)) + "\n": "mined.jsonl:1",
         json.dumps(mined_line(3)) + "\n": "other seeds",
-        "".join(json.dumps(mined_line(i)) + "\n" for i in range(11)): "mined.jsonl:11",
+        "".join(
+            json.dumps(mined_line(i)) + "\n" for i in range(11)
+        ): "mined.jsonl:11",
     }
     for content, words in bad.items():
         out.write_text(content)
@@ -522,4 +560,6 @@ def test_transformers_serve(stage, tmp_path, server, preset):
     command += [*preset, "--generator", f"{server}#{REAL}", "--concurrency", 2]
     assert stage(*command) == 0
     made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
-    assert len(made) >= 6 and all(len(text) > 3 and "\n" not in text for text in made)
+    assert len(made) >= 6 and all(
+        len(text) > 3 and "\n" not in text for text in made
+    )

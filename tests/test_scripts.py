@@ -32,12 +32,15 @@ def test_prototypes_hold_what_the_model_says(trained, tiny):
     store = load_file(trained / "prototypes.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tiny)
     for s in range(0, len(store["nll"]), 17):
-        ids = store["input_ids"][store["offsets"][s] : store["offsets"][s + 1]].long()
+        ids = store["input_ids"][
+            store["offsets"][s] : store["offsets"][s + 1]
+        ].long()
         labels = ids.clone()
         labels[: store["start"][s]] = -100
         with torch.no_grad():
             assert (
-                abs(model(ids[None], labels=labels[None]).loss - store["nll"][s]) < 1e-3
+                abs(model(ids[None], labels=labels[None]).loss - store["nll"][s])
+                < 1e-3
             )
     for a in range(len(store["prototype"])):
         mine = (store["anchor"] == a) & store["is_positive"]
@@ -63,15 +66,20 @@ def test_prototypes_format(trained):
     assert store["required"].sum() == 2 * 36 and (store["anchor"].diff() >= 0).all()
     held = store["seed"][store["held_out"]].unique()
     assert (
-        len(held) == 2 and not torch.isin(store["seed"][~store["held_out"]], held).any()
+        len(held) == 2
+        and not torch.isin(store["seed"][~store["held_out"]], held).any()
     )
     meta = metadata(trained / "prototypes.safetensors")
     assert meta["format"] == "cp-prototypes-2" and json.loads(meta["load"]) == {
         "dtype": "float32"
     }
-    assert {"model", "model_sha256", "tokenizer_sha256", "mined_sha256", "phi"} <= set(
-        meta
-    )
+    assert {
+        "model",
+        "model_sha256",
+        "tokenizer_sha256",
+        "mined_sha256",
+        "phi",
+    } <= set(meta)
 
 
 def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
@@ -89,7 +97,8 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
     for k, given in enumerate(([], ["--mined", *parts[::-1]])):
         out = tmp_path / f"{k}.safetensors"
         assert (
-            stage("02", "--run", tmp_path, "--model", tiny, "--out", out, *given) == 0
+            stage("02", "--run", tmp_path, "--model", tiny, "--out", out, *given)
+            == 0
         )
         stores.append(load_file(out))
     assert all(torch.equal(stores[0][k], stores[1][k]) for k in stores[0])
@@ -121,7 +130,9 @@ def test_prototypes_refuse_bad_input(stage, tiny, tmp_path, capsys, content, wor
 def test_refuses_bad_options(stage, trained, tmp_path, capsys):
     refused(capsys, stage("02", "--run", trained, "--negatives", 0), "--negatives")
     refused(capsys, stage("02", "--run", trained, "--prompt", "Say it:"), "{}")
-    refused(capsys, stage("02", "--run", trained, "--model", tmp_path), str(tmp_path))
+    refused(
+        capsys, stage("02", "--run", trained, "--model", tmp_path), str(tmp_path)
+    )
 
 
 # 03
@@ -153,11 +164,18 @@ def test_training_lowers_the_loss_and_plain_peft_loads_it(trained, tiny):
 def test_paper_preset_and_its_overrides(stage):
     args = stage.options("03", "--preset", "paper", "--phi", "nll")
     assert (args.distance, args.prototype, args.hold) == ("absolute", "batch", 0.0)
-    assert (args.lr, args.context, args.phi, args.steps) == (2.2e-5, ["none"], "nll", 0)
+    assert (args.lr, args.context, args.phi, args.steps) == (
+        2.2e-5,
+        ["none"],
+        "nll",
+        0,
+    )
 
 
 def test_training_refuses(stage, trained, tmp_path, capsys):
-    refused(capsys, stage("03", "--run", tmp_path), "run 02_build_prototypes.py first")
+    refused(
+        capsys, stage("03", "--run", tmp_path), "run 02_build_prototypes.py first"
+    )
     refused(capsys, stage("03", "--preset", "best"), "--preset", "paper")
     refused(capsys, stage("03", "--run", trained, "--positives", 0), "--positives")
     path = tmp_path / "prototypes.safetensors"
@@ -173,7 +191,9 @@ def test_training_refuses(stage, trained, tmp_path, capsys):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_training_stops_on_a_loss_that_is_not_finite(stage, trained, tmp_path, capsys):
+def test_training_stops_on_a_loss_that_is_not_finite(
+    stage, trained, tmp_path, capsys
+):
     save_file(
         load_file(trained / "prototypes.safetensors"),
         tmp_path / "prototypes.safetensors",

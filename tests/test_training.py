@@ -38,22 +38,37 @@ def adapter(run) -> dict:
 
 def metrics(run, split: str) -> list[dict]:
     return [
-        r for r in lines(run / "adapter.training/metrics.jsonl") if r["split"] == split
+        r
+        for r in lines(run / "adapter.training/metrics.jsonl")
+        if r["split"] == split
     ]
 
 
 def close(a: dict, b: dict, atol: float = 0.0) -> bool:
-    return all(torch.allclose(a[k], v, rtol=0, atol=atol) for k, v in b.items())
+    for name, value in b.items():
+        if not torch.allclose(a[name], value, rtol=0, atol=atol):
+            return False
+    return a.keys() == b.keys()
 
 
 def command(run, *options) -> list[str]:
-    return [sys.executable, ROOT / "03_train_cp.py", "--run", run, *map(str, options)]
+    return [
+        sys.executable,
+        ROOT / "03_train_cp.py",
+        "--run",
+        run,
+        *map(str, options),
+    ]
 
 
 def started(run, *options, **how) -> subprocess.Popen:
     """A training that has just saved its first state."""
     state = run / "adapter.training/state.pt"
-    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | how
+    how = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    } | how
     process = subprocess.Popen(command(run, *options), **how)
     deadline = time.time() + 120
     while not state.exists() and process.poll() is None and time.time() < deadline:
@@ -100,7 +115,9 @@ def scattered(model) -> list:
 )
 def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, options):
     module = stage.module("03")
-    args = stage.options("03", "--run", trained, "--tau", 9, "--utility", 0, *options)
+    args = stage.options(
+        "03", "--run", trained, "--tau", 9, "--utility", 0, *options
+    )
     store, _ = module.read_store(args)
     model = lora(tiny)
     weights = scattered(model)
@@ -121,41 +138,43 @@ def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, options):
         assert (parts - whole).norm() / whole.norm() < 1e-4
 
 
-def test_the_objective_by_hand(stage, trained):
-    """-log J (signed, alpha 8) and the positives' level: |phi - the base's|, or phi itself after a
-    toxic sentence."""
-    module = stage.module("03")
-    args = stage.options(
-        "03", "--run", trained, "--alpha", 8, "--hold", 0.7, "--positives", 2
-    )
-    store, _ = module.read_store(args)
-    chosen = module.draw(store, torch.arange(0, 9), args, module.generator(0))
-    nll = store.nll.double()[chosen] + torch.rand(
-        len(chosen), generator=module.generator(1)
-    )
+def by_hand(nll: list, store, chosen) -> tuple[list, list]:
+    """-log J of every anchor (signed, alpha 8), and every positive's level."""
     J, level = [], []
     for a in range(9):
         phi = {True: [], False: []}
-        for value, i in zip(nll.tolist(), chosen):
-            good = bool(store.is_positive[i])
+        for value, i in zip(nll, chosen):
             if store.anchor[i] == a:
-                phi[good].append(value)
-            if store.anchor[i] == a and good:
-                after_toxic = store.context[a] == 2
-                level.append(value if after_toxic else abs(value - float(store.nll[i])))
+                phi[bool(store.is_positive[i])].append(value)
+                away = abs(value - float(store.nll[i]))
+                if store.context[a] == 2:  # after a toxic sentence
+                    away = value
+                if store.is_positive[i]:
+                    level.append(away)
         c = sum(phi[True]) / len(phi[True])
         s_pos = sum(math.exp(-abs(x - c)) for x in phi[True])
         s_neg = sum(math.exp(-(x - c)) for x in phi[False])
         J.append(-math.log(s_pos / (s_pos + 8 * s_neg)))
+    return J, level
+
+
+def test_the_objective_by_hand(stage, trained):
+    """-log J and the positives' level: |phi - the base's|, or phi after a toxic sentence."""
+    module = stage.module("03")
+    options = ["--alpha", 8, "--hold", 0.7, "--positives", 2]
+    args = stage.options("03", "--run", trained, *options)
+    store, _ = module.read_store(args)
+    chosen = module.draw(store, torch.arange(0, 9), args, module.generator(0))
+    nll = store.nll.double()[chosen]
+    nll = nll + torch.rand(len(chosen), generator=module.generator(1))
+    J, level = by_hand(nll.tolist(), store, chosen)
     loss, stats = module.objective(nll, store, chosen, args)
-    assert float(loss) == pytest.approx(
-        sum(J) / 9 + 0.7 * sum(level) / len(level), rel=1e-6
-    )
+    want = sum(J) / 9 + 0.7 * sum(level) / len(level)
+    assert float(loss) == pytest.approx(want, rel=1e-6)
     positive = store.is_positive[chosen]
     assert stats["cp"] == pytest.approx(sum(J) / 9, rel=1e-6)
-    assert stats["drift"] == pytest.approx(
-        float((nll - store.nll[chosen])[positive].mean())
-    )
+    drift = (nll - store.nll[chosen])[positive].mean()
+    assert stats["drift"] == pytest.approx(float(drift))
 
 
 def test_required_sequences_are_always_drawn(stage, trained):
@@ -187,7 +206,9 @@ def test_utility_is_the_divergence_from_the_base(stage, trained, tiny):
     store, _ = module.read_store(args)
     model = lora(tiny)
     chosen = module.draw(store, torch.arange(0, 4), args, module.generator(0))
-    assert module.utility_step(model, store, chosen, args) == pytest.approx(0, abs=1e-6)
+    assert module.utility_step(model, store, chosen, args) == pytest.approx(
+        0, abs=1e-6
+    )
     weights = scattered(model)
     model.zero_grad()
     got = module.utility_step(model, store, chosen, args)
@@ -273,7 +294,9 @@ def test_both_drifts_count_in_the_criterion(
     monkeypatch.setattr(module, "phi", phi)
     got, _ = module.validate(None, store, args, 1)
     assert math.isclose(got["criterion"], got["cp"] + counted, abs_tol=1e-5)
-    assert math.isclose(got["utility_drift"], by if context == 0 else 0, abs_tol=1e-5)
+    assert math.isclose(
+        got["utility_drift"], by if context == 0 else 0, abs_tol=1e-5
+    )
 
 
 def test_the_best_state_is_kept(stage, fresh):
@@ -283,7 +306,9 @@ def test_the_best_state_is_kept(stage, fresh):
     best = min(rows, key=lambda r: r["criterion"])
     state = torch.load(fresh / "adapter.training/state.pt", weights_only=True)
     assert state["best"] == best["criterion"] and best["step"] < 12  # it overshoots
-    assert not close(adapter(fresh), state["adapter"], 1e-3)  # the last one is another
+    assert not close(
+        adapter(fresh), state["adapter"], 1e-3
+    )  # the last one is another
 
 
 # one run, interrupted in every way
@@ -293,8 +318,17 @@ def test_two_processes_follow_one(stage, fresh, tmp_path):
     """3 anchors on 2 processes are uneven; in one pass and in two."""
     assert stage("03", "--run", fresh, *OPTIONS) == 0
     one, rows = adapter(fresh), lines(fresh / "adapter.training/metrics.jsonl")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for port, more in (("29517", []), ("29519", ["--checkpointing", "--budget", 60])):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+    ]
+    for port, more in (
+        ("29517", []),
+        ("29519", ["--checkpointing", "--budget", 60]),
+    ):
         out = tmp_path / port
         task = command(fresh, "--out", out, *OPTIONS, *more)[1:]
         two = [*torchrun, "--master-port", port, "--", *task]
@@ -319,7 +353,9 @@ def test_one_process_told_to_stop_stops_all(fresh):
     first = started(fresh, *options, env=ranks[1])
     second.send_signal(signal.SIGTERM)
     assert first.wait(60) == second.wait(60) == 130, first.stderr.read()[-1000:]
-    saved = torch.load(fresh / "adapter.training/state.pt", weights_only=True)["step"]
+    saved = torch.load(fresh / "adapter.training/state.pt", weights_only=True)[
+        "step"
+    ]
     steps = [r["step"] for r in metrics(fresh, "train")]
     assert steps == list(range(1, saved + 1)) and saved < 500
 
@@ -330,11 +366,15 @@ def test_an_interrupted_run_ends_the_same(stage, fresh, long_run, name, capsys):
     process = started(fresh, *LONG)
     process.send_signal(name)
     error = process.communicate()[1]
-    saved = torch.load(fresh / "adapter.training/state.pt", weights_only=True)["step"]
+    saved = torch.load(fresh / "adapter.training/state.pt", weights_only=True)[
+        "step"
+    ]
     assert saved < 20
     if name != signal.SIGKILL:
         assert process.returncode == 130 and "continues" in error
-        assert [r["step"] for r in metrics(fresh, "train")] == list(range(1, saved + 1))
+        assert [r["step"] for r in metrics(fresh, "train")] == list(
+            range(1, saved + 1)
+        )
     assert stage("03", "--run", fresh, *LONG) == 0
     assert f"from step {saved} of 20" in capsys.readouterr().out
     assert close(adapter(long_run), adapter(fresh))
@@ -350,7 +390,9 @@ def test_a_full_disk_keeps_the_last_state(fresh):
 
     def no_room():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)
+        )
 
     task = command(fresh, *LONG)
     done = subprocess.run(task, capture_output=True, text=True, preexec_fn=no_room)
@@ -383,7 +425,10 @@ def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
     assert stage("03", "--run", run, *TRAINED, "--budget", 50) == 0
     assert contents() == before
     refused(
-        capsys, stage("03", "--run", run, *TRAINED, "--lr", 1e-3), "other lr", "--out"
+        capsys,
+        stage("03", "--run", run, *TRAINED, "--lr", 1e-3),
+        "other lr",
+        "--out",
     )
     store = load_file(run / "prototypes.safetensors")
     with safe_open(run / "prototypes.safetensors", "pt") as f:
@@ -395,7 +440,9 @@ def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
     )
     after = contents()
     assert all(
-        after[p] == x for p, x in before.items() if p.name != "prototypes.safetensors"
+        after[p] == x
+        for p, x in before.items()
+        if p.name != "prototypes.safetensors"
     )
     shutil.rmtree(run / "adapter.training")
     refused(capsys, stage("03", "--run", run, *TRAINED), "exists", "--out")
@@ -424,7 +471,9 @@ def test_layers_spread_over_devices(stage, trained, tiny, tmp_path):
     sets = ["--positives", 2, "--negatives", 3, "--dtype", "float32"]
     options = ["--model", tiny, "--device", "auto", *sets]
     assert stage("02", "--run", tmp_path, *options) == 0
-    stores = [load_file(run / "prototypes.safetensors") for run in (trained, tmp_path)]
+    stores = [
+        load_file(run / "prototypes.safetensors") for run in (trained, tmp_path)
+    ]
     assert torch.equal(stores[0]["nll"], stores[1]["nll"])
     assert stage("03", "--run", tmp_path, *TRAINED, "--device", "auto") == 0
     assert close(adapter(trained), adapter(tmp_path))
@@ -441,7 +490,11 @@ def test_a_base_with_dropout(stage, tiny, tmp_path):
     options = ["--model", tmp_path / "model", "--dtype", "float32"]
     assert stage("02", "--run", tmp_path, *options) == 0
     got = []
-    for out, more in (("a", []), ("b", ["--budget", 50]), ("c", ["--checkpointing"])):
+    for out, more in (
+        ("a", []),
+        ("b", ["--budget", 50]),
+        ("c", ["--checkpointing"]),
+    ):
         assert (
             stage("03", "--run", tmp_path, "--out", tmp_path / out, *OPTIONS, *more)
             == 0
