@@ -408,6 +408,7 @@ def server_generator(args):
     address, _, name = args.generator.partition("#")
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(api_key=key, base_url=address)
+    name = name or client.models.list().data[0].id
 
     def complete(prompt, limit, temperature):
         how = {"model": name, "temperature": temperature, "max_tokens": limit}

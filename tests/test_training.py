@@ -299,16 +299,22 @@ def test_both_drifts_count_in_the_criterion(
     )
 
 
-def test_the_best_state_is_kept(stage, fresh):
-    wild = ["--steps", 12, "--lr", 3, "--every", 1, "--hold", 0, "--utility", 0]
-    assert stage("03", "--run", fresh, *OPTIONS, *wild, "--positives", 2) == 0
-    rows = [r for r in metrics(fresh, "validation") if r["step"]]
-    best = min(rows, key=lambda r: r["criterion"])
+def test_the_best_state_is_kept(stage, fresh, monkeypatch):
+    """Of validations that get worse after step 4, not the last one's."""
+    module, seen = stage.module("03"), {}
+    validate, weights = module.validate, module.get_peft_model_state_dict
+
+    def worse_after_4(model, store, args, step):
+        row, nll = validate(model, store, args, step)
+        seen[step] = {k: v.clone() for k, v in weights(model).items()}
+        return row | {"criterion": abs(step - 4)}, nll
+
+    monkeypatch.setattr(module, "validate", worse_after_4)
+    assert stage("03", "--run", fresh, *OPTIONS, "--every", 1) == 0
     state = torch.load(fresh / "adapter.training/state.pt", weights_only=True)
-    assert state["best"] == best["criterion"] and best["step"] < 12  # it overshoots
-    assert not close(
-        adapter(fresh), state["adapter"], 1e-3
-    )  # the last one is another
+    assert state["best"] == 0 and state["step"] == 6
+    assert close(seen[4], adapter(fresh)) and close(seen[6], state["adapter"])
+    assert not close(seen[4], seen[6])
 
 
 # one run, interrupted in every way
