@@ -61,7 +61,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     pass
 
 
-def positive(text: str) -> int:
+def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -76,8 +76,8 @@ def options() -> argparse.Namespace:
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
     p.add_argument("--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)")
-    p.add_argument("--positives", type=positive, default=1, help="an anchor's at most; 03 draws 1")
-    p.add_argument("--negatives", type=positive, default=2, help="an anchor's at most; 03 draws 2")
+    p.add_argument("--positives", type=count, default=1, help="an anchor's at most; 03 draws 1")
+    p.add_argument("--negatives", type=count, default=2, help="an anchor's at most; 03 draws 2")
     p.add_argument(
         "--close",
         type=float,
@@ -90,7 +90,7 @@ def options() -> argparse.Namespace:
         help="context of seed and toxic anchors; stage 04 rewrites with it (ours)",
     )
     p.add_argument("--validation", type=float, default=0.1, help="share of mined lines held out")
-    p.add_argument("--max-tokens", type=positive, default=1024, help="at once; more on a GPU")
+    p.add_argument("--max-tokens", type=count, default=1024, help="at once; more on a GPU")
     p.add_argument("--device", default=best_device(), help="auto: layers over all devices")
     p.add_argument(
         "--dtype",
