@@ -166,7 +166,7 @@ def read_store(args):
     return store, meta
 
 
-def draw(store, anchors: Tensor, args, random: torch.Generator) -> Tensor:
+def draw(store, anchors: Tensor, args, random):
     """Sequence numbers: up to |P| and |N| of each anchor at random, the required ones first."""
     chosen = []
     for a in anchors:
@@ -340,9 +340,16 @@ def validate(model, store, args, step):
 def draw_phi(nll, store, path):
     """Histograms of held-out sequences' phi less their anchor's prototype, before and after."""
     c = store.prototype[store.anchor]
-    table = pd.DataFrame({"base": store.nll - c, "tuned": nll - c, "positive": store.is_positive})
+    sets = ["positives" if good else "negatives" for good in store.is_positive]
+    table = pd.DataFrame({"base": store.nll - c, "tuned": nll - c, "set": sets})
     held = table[store.held_out[store.anchor].numpy()]
-    axes = held.plot.hist(by="positive", bins=40, histtype="step", xlabel="phi - c, nats a token")
+    axes = held.plot.hist(
+        by="set",
+        bins=40,
+        histtype="step",
+        xlabel="phi less prototype, nats a token",
+        sharex=True,
+    )
     axes[0].figure.savefig(path)
 
 
@@ -368,7 +375,7 @@ def with_lora(base, args):
     return model
 
 
-def write(path: Path, save):
+def write(path, save):
     """Aside, then renamed: at any moment whole."""
     aside = path.with_suffix(".tmp")
     try:
@@ -379,7 +386,7 @@ def write(path: Path, save):
         fail(f"{path}: {str(err).splitlines()[0][:80]}: make room; the same command continues")
 
 
-def resume(folder: Path, args, record):
+def resume(folder, args, record):
     """The last saved state of this very run, or a first one."""
     path, state = (
         folder / "state.pt",
@@ -398,7 +405,7 @@ def resume(folder: Path, args, record):
     return state
 
 
-def set_up(meta, folder: Path, args):
+def set_up(meta, folder, args):
     """Model with LoRA, tokenizer, optimizer and state, as last saved."""
     process = PartialState(cpu=args.device == "cpu")
     if process.num_processes > 1:
@@ -427,13 +434,13 @@ def set_up(meta, folder: Path, args):
     return model, tokenizer, optimizer, state
 
 
-def save(folder: Path, state):
+def save(folder, state):
     lines = [json.dumps(row) + "\n" for row in state["rows"]]
     write(folder / "metrics.jsonl", lambda x: x.write_text("".join(lines)))
     write(folder / "state.pt", lambda x: torch.save(state, x))
 
 
-def export(model, tokenizer, out: Path):
+def export(model, tokenizer, out):
     """What one would upload. Not atomic: a run killed here makes it anew before its next state."""
     try:
         model.save_pretrained(out, save_embedding_layers=False)

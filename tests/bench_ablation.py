@@ -226,10 +226,11 @@ def draw(figures: dict, path: Path) -> None:
         ]
         colour = {"ours": "#D55E00", "base": grey}.get(name, "#3B8EC2")
         ax.errorbar(x["value"], y["value"], *spread, fmt="o", color=colour, lw=1)
-        at = (x["value"], y["value"])
-        ax.annotate(
-            label, at, xytext=(6, 6), textcoords="offset points", color=colour
-        )
+        at, away = (x["value"], y["value"]), 6
+        if name.startswith("simpo"):  # beside DPO
+            away = -14
+        how = {"xytext": (6, away), "textcoords": "offset points", "color": colour}
+        ax.annotate(label, at, **how)
     ax.set_xlabel("similarity of the rewrite to its toxic input", color=grey)
     ax.set_ylabel("toxic or failed rewrites, %", color=grey)
     ax.set(ylim=(0, 102), xlim=(0, 1))
