@@ -845,7 +845,7 @@ def load_systems(meta, hashes, args):
             raise ValueError("the prototypes were made with other weights")
         print(f"device {args.device}, dtype {model.dtype}")
         model = PeftModel.from_pretrained(model, args.adapter[0][1], "0")
-        for i, (_, folder) in enumerate(args.adapter):
+        for i, (_, folder) in enumerate(args.adapter[1:], 1):
             model.load_adapter(folder, str(i))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     local = partial(generate, model, tokenizer)
