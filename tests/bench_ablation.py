@@ -2,7 +2,7 @@
 stage 04, and drawn in the plane of toxic or failed rewrites against similarity.
 
     make ablation                    # all recipes, three seeds, two at a time
-    .venv/bin/python tests/bench_ablation.py --recipes ours dpo-1e-4 --seeds 1 -- --tasks none
+    .venv/bin/python tests/bench_ablation.py --recipes ours dpo-1e-4 --seeds 1 -- --tasks
 
 reads   RUN/mined.jsonl and prototypes.safetensors
 writes  RUN/ablation/RECIPE.SEED/adapter, RUN/ablation/report (stage 04's, of all together),
@@ -62,6 +62,8 @@ LARGE = (
 )  # what draws more than stage 02 keeps by default
 SHOWN = {  # in the figure
     "base": "base",
+    "prompted": "base, asked politely",
+    "deleted": "words deleted",
     "paper-nll": "paper's objective",
     "official": "official loss",
     "dpo-1e-4": "DPO",
@@ -232,8 +234,8 @@ def draw(figures: dict, path: Path) -> None:
         how = {"xytext": (6, away), "textcoords": "offset points", "color": colour}
         ax.annotate(label, at, **how)
     ax.set_xlabel("similarity of the rewrite to its toxic input", color=grey)
-    ax.set_ylabel("toxic or failed rewrites, %", color=grey)
-    ax.set(ylim=(0, 102), xlim=(0, 1))
+    ax.set_ylabel("toxic or failed rewrites", color=grey)
+    ax.set(ylim=(0, 1.02), xlim=(0, 1))
     ax.tick_params(colors=grey)
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
@@ -260,20 +262,16 @@ def results(out: Path, names: list[str], figure: Path) -> None:
         "rewrite/similarity",
         "rewrite/clean",
         "rewrite/failed",
-        "wiki/per_token",
+        "neutral/nll",
     ]
-    print(f"| | seeds | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 2)}|")
+    print(f"| | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
     for n in names:
         cells = []
         for k in columns:
-            f, digits = (
-                figures[k][n],
-                2 if k in ("rewrite/similarity", "rewrite/clean") else 1,
-            )
-            spread = f" ±{f['spread']:.{digits}f}" if "spread" in f else ""
-            cells.append(f"{f['value']:.{digits}f}{spread}")
-        seeds = len(figures[columns[0]][n].get("seeds", [0]))
-        print(f"| {n} | {seeds} | {' | '.join(cells)} |")
+            f = figures[k][n]
+            spread = f" ±{f['spread']:.2f}" if "spread" in f else ""
+            cells.append(f"{f['value']:.2f}{spread}")
+        print(f"| {n} | {' | '.join(cells)} |")
 
 
 def options() -> tuple[argparse.Namespace, list[str]]:
@@ -343,7 +341,11 @@ def main() -> None:
     adapters = [f"{r}={out / f'{r}.{s}' / 'adapter'}" for r, s in jobs]
     task = ["04_evaluate.py", "--run", args.run, "--out", out / "report", *more]
     call([*task, "--adapter", *adapters], out / "report.log", os.cpu_count())
-    results(out, ["base", *args.recipes], args.figure or out / "results.svg")
+    results(
+        out,
+        ["base", "prompted", "deleted", *args.recipes],
+        args.figure or out / "results.svg",
+    )
 
 
 if __name__ == "__main__":

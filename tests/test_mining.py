@@ -90,9 +90,9 @@ def test_formats_of_seeds(mining, options, tmp_path):
 BAD_SEEDS = {
     None: ["seeds.jsonl", "make data"],
     "": ["seeds.jsonl", "empty"],
-    '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "needs a JSON object"],
-    '{"id": 1}\n': ["seeds.jsonl:1", '"text"'],
-    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "non-empty"],
+    '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "Invalid JSON"],
+    '{"id": 1}\n': ["seeds.jsonl:1", "text", "required"],
+    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "at least 1 character"],
     "[1]\n": ["seeds.jsonl:1"],
     '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n': [
         "seeds.jsonl",
@@ -191,7 +191,8 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
     line = {"text": "A seed.", "positives": [], "negatives": [], "rejected": pool}
     mining.select(line, args)
     assert [c["overlap"] for c in line["negatives"]] == [0.9, 0.7, 0.3]
-    prompt = "Paraphrase the following sentence in a very toxic way: A seed."
+    prompt = "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
+    prompt += "sure each sentence is toxic: A seed. ### RESPONSE:"
     assert mining.make_prompts("negative", ["A seed."], 0, args) == [prompt]
 
 
