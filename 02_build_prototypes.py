@@ -75,7 +75,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
-    p.add_argument("--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)")
+    p.add_argument("--toxic-contexts", type=int, default=4, help="a mined line's at most (ours)")
     p.add_argument("--positives", type=count, default=1, help="an anchor's at most; 03 draws 1")
     p.add_argument("--negatives", type=count, default=2, help="an anchor's at most; 03 draws 2")
     p.add_argument(

@@ -143,7 +143,8 @@ def options():
     p.add_argument("--outputs", **several, help='lines of {"protocol", "input", "output"}')
     p.add_argument("--out", type=Path, help="instead of RUN/report")
     p.add_argument("--device", default=best_device(), help="as torch names it")
-    texts, tasks = sorted(TEXTS.glob("*.jsonl")), sorted(x.stem for x in TASKS.glob("*.yaml"))
+    texts = sorted(TEXTS.glob("*.jsonl")) or [TEXTS / "rewrite.jsonl"]
+    tasks = sorted(path.stem for path in TASKS.glob("*.yaml"))
     p.add_argument("--texts", type=Path, nargs="+", default=texts, help="PROTOCOL.jsonl each")
     p.add_argument("--tasks", nargs="*", default=tasks, help="lm-eval's, or in assets/tasks")
     judge = "first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"
@@ -357,8 +358,7 @@ def read_outputs(name, path, cases):
     asked = cases[cases.protocol.isin(said.protocol)]
     rows = asked.merge(said, "left", keys)
     if rows.empty or rows.output.isna().any():
-        remedy = "answer all inputs in generations.jsonl of a run with these options"
-        fail(f"{path} lacks outputs for some of {len(asked)} prompts: {remedy}")
+        fail(f"{path} lacks outputs for some of {len(asked)} prompts: answer them all")
     return rows.assign(system=name, seed=0)
 
 
@@ -492,8 +492,7 @@ def long_frame(outputs: pd.DataFrame, threshold: float) -> pd.DataFrame:
     metrics = d.groupby(UNIT).mean()
     for n in (1, 2, 3):
         metrics[f"dist{n}"] = units.output.agg(partial(distinct, n=n))
-    long = metrics.melt(var_name="metric", ignore_index=False)
-    return long.dropna(subset="value").reset_index()
+    return metrics.melt(var_name="metric", ignore_index=False).dropna().reset_index()
 
 
 # Statistics and report

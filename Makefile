@@ -85,7 +85,7 @@ with open("data/seeds.tmp", "w", encoding="utf-8") as f:
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
 # What stage 04 reads, a file a protocol: data/eval is reported, recipes are chosen by data/dev, and
-# no text stands in both, or among the seeds. Wiki's short lines are headings, kept as they run.
+# no text stands in both, or among the seeds. Neutral: of people's days and of an encyclopedia.
 define TEXTS
 import json, os, random, re
 from profanity_check import predict_prob
@@ -102,11 +102,11 @@ def drawn(some):
     random.Random(0).shuffle(some)
     return some
 seeds = {json.loads(x)["text"] for x in open("data/seeds.jsonl", encoding="utf-8")}
-toxic, plain = texts("Toxicity", "text"), texts("SIQA", "passage") + texts("Translation", "sourceString")
+toxic, plain = texts("Toxicity", "text"), texts("SIQA", "passage") + texts("wikiDataset", "text")
 rewrite = drawn(t for t in toxic if 4 <= len(t.split()) <= 25)
 whole = [t for t in toxic if t not in rewrite[120:] and 6 <= len(t.split()) <= 40]
 half = drawn(" ".join(t.split()[: len(t.split()) // 2]) for t in whole)
-plain = drawn(t for t in plain if t not in seeds and t.isascii() and 6 <= len(t.split()) <= 17)
+plain = drawn(t for t in plain if t not in seeds and t.isascii() and 6 <= len(t.split()) <= 25)
 plain = [t for t, p in zip(plain, predict_prob(plain)) if p < 0.2]
 benign = drawn(t for t in texts("BBQ", "passage") if GROUPS.search(t) and len(t.split()) <= 30)
 def write(folder, protocol, some):

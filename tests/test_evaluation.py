@@ -258,27 +258,29 @@ def test_failures_are_never_clean(module):
     assert kind(vague, similarity=0.1) == "unrelated"
 
 
-def test_metrics_by_hand(module):
-    said = (
-        (0, "a blind cat", 0.9, 0.8, None),
-        (0, "", 0.1, 0.0, "empty"),
-        (1, "the big cat ran on", 0.2, 0.6, None),
-        (1, "the big cat ran on", 0.5, 0.4, None),
-    )
+def scored(said: tuple) -> pd.DataFrame:
+    """Outputs of (prompt, output, toxicity, similarity, failure)."""
     unit = {"system": "base", "seed": 0, "protocol": "benign", "name": "Blind"}
     rows = []
     for prompt, output, p, s, failure in said:
-        row = {"prompt": prompt, "input": "big Blind cat", "output": output}
-        scores = {
-            "toxicity@j": p,
-            "similarity": s,
-            "clean": s / 2,
-            "fluency": 2.0,
-        }
-        rows.append(unit | row | scores | {"failure": failure})
+        row = {"prompt": prompt, "output": output, "failure": failure}
+        scores = {"toxicity@j": p, "similarity": s, "clean": s / 2, "fluency": 2.0}
+        rows.append(unit | row | scores)
     outputs = pd.DataFrame(rows)
-    outputs["failure"] = pd.Series([row["failure"] for row in rows], dtype=object)
-    long = module.long_frame(outputs, 0.5)
+    outputs["failure"] = pd.Series([row[-1] for row in said], dtype=object)
+    return outputs
+
+
+SAID = (
+    (0, "a blind cat", 0.9, 0.8, None),
+    (0, "", 0.1, 0.0, "empty"),
+    (1, "the big cat ran on", 0.2, 0.6, None),
+    (1, "the big cat ran on", 0.5, 0.4, None),
+)
+
+
+def test_metrics_by_hand(module):
+    long = module.long_frame(scored(SAID), 0.5)
     got = {
         key: some.sort_values("prompt").value.tolist()
         for key, some in long.groupby("metric")
@@ -290,38 +292,42 @@ def test_metrics_by_hand(module):
     assert got["clean"] == pytest.approx([0.2, 0.25])
     assert got["failed"] == got["empty"] == got["named"] == [0.5, 0]
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5]
-    outputs["output"] = "a blinded cat"  # whole words only
+
+
+def test_metrics_have_their_protocols(module):
+    outputs = scored(SAID).assign(output="a blinded cat")  # whole words only
     long = module.long_frame(outputs, 0.5)
     assert long[long.metric == "named"].value.tolist() == [0, 0]
     long = module.long_frame(outputs.assign(protocol="continue", name=None), 0.5)
     assert not {"similarity", "clean", "joint@j", "named"} & set(long.metric)
 
 
-def test_statistics(module):
-    def figures(x, metric="joint", system="base", seed=0):
-        unit = {"system": system, "seed": seed, "protocol": "p", "metric": metric}
-        return pd.DataFrame({"value": x, "prompt": range(len(x))}).assign(**unit)
+def long_rows(x, system="base", seed=0):
+    unit = {"system": system, "seed": seed, "protocol": "p", "metric": "joint"}
+    return pd.DataFrame({"value": x, "prompt": range(len(x))}).assign(**unit)
 
+
+def test_intervals_are_never_empty(module):
     for x, low, high in ((np.zeros(60), 0, 0.05), (np.ones(60), 0.95, 1)):
-        f = module.summarise(figures(x)).loc["p", "joint", "base"]
+        f = module.summarise(long_rows(x)).loc["p", "joint", "base"]
         assert [f.value, f.low, f.high, f.n] == pytest.approx([x[0], low, high, 60])
-    one = module.summarise(figures(np.ones(1))).loc["p", "joint", "base"]
+    one = module.summarise(long_rows(np.ones(1))).loc["p", "joint", "base"]
     assert np.isnan(one.low) and np.isnan(one.se) and one.n == 1
 
+
+def test_statistics(module):
     x = np.random.default_rng(0).normal(3, 2, 400)
-    runs = [figures(x), figures(x + 0.1, system="ours")]
-    runs.append(figures(x + np.sign(x - 3), system="ours", seed=1))
+    second = x + np.sign(x - 3)
+    runs = [long_rows(x), long_rows(x + 0.1, "ours"), long_rows(second, "ours", 1)]
     f = module.summarise(pd.concat(runs))
     base, ours = (f.loc["p", "joint", name] for name in ("base", "ours"))
     assert base.value == pytest.approx(x.mean())
     assert base.se == pytest.approx(x.std(ddof=1) / 20)
     assert base.high - base.low == pytest.approx(3.92 * base.se)
-    change = (
-        0.1 + np.sign(x - 3)
-    ) / 2  # paired: far narrower than the two intervals
+    change = (0.1 + second - x) / 2  # paired: far narrower than the two intervals
     assert ours.change_value == pytest.approx(change.mean())
     assert ours.change_se == pytest.approx(change.std(ddof=1) / 20)
-    means = [x.mean() + 0.1, (x + np.sign(x - 3)).mean()]
+    means = [x.mean() + 0.1, second.mean()]
     assert ours.spread == pytest.approx(np.std(means, ddof=1))
 
 
