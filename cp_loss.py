@@ -13,7 +13,15 @@ perplexity of a sentence under the model being tuned; the prototype c is the mea
     loss, stats = cp_loss(nll, is_positive, anchor)       # (A,) one loss an anchor
     loss.mean().backward()
 
-With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines.
+With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines. From a
+padded batch, with labels (S, L) that are -100 where a token doesn't count, and hidden (S, L, D):
+
+    counts   = labels[:, 1:] >= 0                         # (S, L - 1)
+    sequence = counts.nonzero()[:, 0]                     # (T,) whose token it is
+    nll      = linear_nll(hidden[:, :-1][counts], lm_head.weight, labels[:, 1:][counts])
+
+Anchors that are split over processes have to gather nll (S,) first: an anchor's loss is no sum of
+its parts', and a mean of processes' means weighs anchors unequally. Stage 03 does that.
 
 Departures from the paper, each a choice of the caller; README says what each one does:
  1. tau divides inside the exponent. As printed, outside of it, it cancels from J.
@@ -98,12 +106,15 @@ def linear_nll(
     scaled `hidden`. float32, or float64 for float64. Exact gradients for hidden and, where they
     require them, weight and bias. Arithmetic: two T x D x V products for a frozen head, one without
     gradients, four for a head that trains (recomputed in backward). Extra memory: T x (D + a few
-    chunk_size). Raises ValueError on shapes that don't fit."""
+    chunk_size). Raises ValueError on shapes that don't fit, and on targets below 0: leave tokens to be
+    ignored (-100) out, as the example at the top does."""
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     T, D, V = len(hidden), hidden.shape[-1], len(weight)
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
-    if shapes != [(T, D), (V, D), (T,), (V,)]:
-        raise ValueError(f"hidden (T, D), weight (V, D), targets (T,), bias (V,): not {shapes}")
+    if shapes != [(T, D), (V, D), (T,), (V,)] or (targets < 0).any():
+        raise ValueError(
+            f"hidden (T, D), weight (V, D), targets (T,) >= 0, bias (V,): not {shapes}"
+        )
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):

@@ -204,11 +204,28 @@ def test_linear_nll_extreme_logits():
         lambda h, w, t: linear_nll(h, w[:, :3], t),
         lambda h, w, t: linear_nll(h, w, t[:2]),
         lambda h, w, t: linear_nll(h, w, t, torch.zeros(3)),
+        lambda h, w, t: linear_nll(h, w, t - 100),  # Hugging Face's ignore index
     ],
 )
 def test_linear_nll_refuses_shapes(bad):
     with pytest.raises(ValueError):
         bad(torch.randn(4, 5), torch.randn(9, 5), torch.zeros(4, dtype=torch.long))
+
+
+def test_a_padded_batch_as_the_file_says():
+    """phi of each row from hidden states and labels with -100, against its own cross-entropy."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 6, 5), torch.randn(9, 5)
+    labels = torch.randint(0, 9, (3, 6))
+    labels[0, :3] = labels[1, 4:] = -100
+    counts = labels[:, 1:] >= 0
+    sequence = counts.nonzero()[:, 0]
+    nll = linear_nll(hidden[:, :-1][counts], weight, labels[:, 1:][counts])
+    got = sequence_nll(nll, sequence, 3)
+    for row in range(3):
+        logits = hidden[row, :-1] @ weight.T
+        want = F.cross_entropy(logits, labels[row, 1:])
+        assert abs(got[row].item() - want.item()) < 1e-5
 
 
 def test_sequence_nll_is_a_mean_and_refuses_an_empty_sequence():
