@@ -106,8 +106,8 @@ def linear_nll(
     scaled `hidden`. float32, or float64 for float64. Exact gradients for hidden and, where they
     require them, weight and bias. Arithmetic: two T x D x V products for a frozen head, one without
     gradients, four for a head that trains (recomputed in backward). Extra memory: T x (D + a few
-    chunk_size). Raises ValueError on shapes that don't fit, and on targets below 0: leave out tokens
-    to be ignored (-100), as the top of the file shows."""
+    chunk_size). Raises ValueError on shapes that don't fit, and on targets below 0: leave
+    out tokens to be ignored (-100), as the top of the file shows."""
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     T, D, V = len(hidden), hidden.shape[-1], len(weight)
     shapes = [tuple(x.shape) for x in (hidden, weight, targets, bias)]
