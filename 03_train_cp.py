@@ -95,7 +95,7 @@ def options():
     g.add_argument(
         "--alpha",
         type=float,
-        default=10.0,
+        default=3.0,
         help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)",
     )
     g.add_argument("--tau", type=float, default=1.0, help="small: only near negatives count (ours)")
