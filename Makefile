@@ -171,7 +171,7 @@ class Plain(pickle.Unpickler):
 words = Plain(open(f"{FOLDER}/encoder_0.1.2.pkl", "rb")).load().tokenizer.word_index
 weights = h5py.File(f"{FOLDER}/lstm_model_0.1.2.h5")["model_weights"]
 def read(name):
-    return torch.tensor(weights[name + ":0"][()].T)
+    return torch.tensor(weights[name + ":0"][()].T).contiguous()
 state = {"embedding.weight": read("embedding/embedding/embeddings").T.contiguous()}
 for way, end in (("forward", ""), ("backward", "_reverse")):
     name = f"bidirectional/bidirectional/{way}_lstm/"
