@@ -2,12 +2,13 @@
 """Stage 01: mine hard negatives and positives for each neutral seed (paper, section 3.2, appendix).
 
 A generator rewrites every seed under an adversarial prompt (candidates for negatives) and under a
-paraphrase prompt (candidates for positives). Candidates are scored, `select` takes the hardest, and
-a seed that lacks either kind gets another round: other examples in the prompt, a little hotter.
+paraphrase prompt (candidates for positives). More negatives are the seed itself with toxic words
+put in. Candidates are scored, `select` takes the hardest, and a seed that lacks either kind gets
+another round: other examples in the prompt, a little hotter.
 
 reads   data/seeds.jsonl          {"id", "group", "text"}; or plain text, ToxiGen's prompt files, a
                                   `datasets` name
-writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "rounds", "positives",
+writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "positives",
                                   "negatives", "rejected"}. Candidates are {"kind", "text",
                                   "toxicity", "similarity", "nll", "length_ratio", "overlap",
                                   "nll_distance", "rule"}; rule: "kept", or why it was rejected.

@@ -424,7 +424,7 @@ def hidden(text, instead=""):
     return " ".join("".join(np.where(toxic, instead, words)).split())
 
 
-def failure(row: dict, worst: float) -> str | None:
+def failure(row: dict, worst: float):
     """Why an output counts as failed: the first that holds. worst: most nats a token."""
     text, words, given = row["output"], words_of(row["output"]), words_of(row["input"])
     long, prose = len(words) >= 8, re.findall(r"[^\W\d_]|\s", text)
@@ -451,12 +451,14 @@ def score(outputs, lm, encoder, judges, weights, args) -> float:
     vectors = embed(encoder, texts)
     outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
     outputs["clean"] = (vectors * embed(encoder, outputs.input.map(hidden))).sum(1)
+    empty = outputs.output == ""
     for name, judge in judges.items():
-        outputs[f"toxicity@{name}"] = np.where(outputs.output == "", 0.0, judge(texts))
+        outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
     plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
     worst = np.percentile(nats(args.kept, weights, *lm, plain), 99)
     worst = min(worst, np.log(len(lm[1])))  # tokens at random
     outputs["fluency"] = nats(args.kept, weights, *lm, texts)
+    outputs.loc[empty, "fluency"] = np.nan
     if args.fluency:
         with readable("--fluency", "give a causal LM"):
             larger = load_model(args.fluency, args.device)
@@ -682,11 +684,11 @@ def main() -> None:
     aside.replace(args.out / "generations.jsonl")
 
     f = summarise(pd.concat([long_frame(outputs, args.threshold), measures]))
-    cells = table(f)
-    summary = cells.filter(regex=HEADLINE.replace("{}", [*judges][-1]), axis=0).to_markdown()
+    cells, last = table(f), [*judges][-1]
+    summary = cells.filter(regex=HEADLINE.replace("{}", last), axis=0).to_markdown()
     for name in checks.columns[checks.filter(["neutral", "benign"], axis=0).max() > 0.1]:
         summary = summary.replace(name, f"{name} (!)")
-    draw(f, [*judges][-1], args.out)
+    draw(f, last, args.out)
     write_report(summary, checks, cells, outputs, worst, args)
     write_record(f, checks, args)
     print(summary.replace("<br>", " "), args.out / "report.md", sep="\n")

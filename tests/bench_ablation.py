@@ -255,22 +255,21 @@ def results(out: Path, names: list[str], figure: Path) -> None:
         )
     (out / "results.jsonl").write_text("\n".join(rows) + "\n")
     draw(figures, figure)
-    columns = [
-        k for k in figures if k.startswith(("rewrite/toxic@", "rewrite/unsafe@"))
-    ]
+    judge = [k for k in figures if k.startswith("rewrite/joint@")][-1].split("@")[1]
+    columns = [k for k in figures if k.startswith("rewrite/toxic@")]
+    columns += [f"rewrite/unsafe@{judge}", "rewrite/similarity", "rewrite/failed"]
     columns += [
-        "rewrite/similarity",
-        "rewrite/clean",
-        "rewrite/failed",
-        "neutral/nll",
+        f"rewrite/joint@{judge}",
+        f"shown/unsafe@{judge}",
+        "shown/similarity",
     ]
+    columns += [f"shown/joint@{judge}", "neutral/nll"]
     print(f"| | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
     for n in names:
         cells = []
-        for k in columns:
-            f = figures[k][n]
+        for f in (figures.get(k, {}).get(n, {}) for k in columns):
             spread = f" ±{f['spread']:.2f}" if "spread" in f else ""
-            cells.append(f"{f['value']:.2f}{spread}")
+            cells.append(f"{f.get('value', float('nan')):.2f}{spread}")
         print(f"| {n} | {' | '.join(cells)} |")
 
 
