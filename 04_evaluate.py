@@ -271,8 +271,7 @@ def bilstm(folder):
 def embed(encoder, texts):
     """(N, D), of length 1; equal texts once."""
     index, once = pd.factorize(pd.Series(texts))
-    made = encoder.encode(list(once), normalize_embeddings=True)
-    return made[index]
+    return encoder.encode(list(once), normalize_embeddings=True)[index]
 
 
 def check_judges(judges, cases, threshold):
@@ -335,7 +334,7 @@ def keep(folder: Path, made_by: list, work):
     return json.loads(path.read_text())
 
 
-def outputs_of(system, protocol, made_by, lm, cases: pd.DataFrame, args) -> pd.DataFrame:
+def outputs_of(system, protocol, made_by, lm, cases, args) -> pd.DataFrame:
     """Of each case of a protocol k outputs."""
     k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
     stop = "\n" if protocol in PARAPHRASE else None
@@ -551,15 +550,14 @@ def samples(outputs, show):
 
 def draw(f, judge, out):
     """Toxic or failed rewrites against similarity, by the last judge."""
-    fig = Figure()
-    ax = fig.subplots()
+    ax = Figure().subplots()
     x, y = f.loc["rewrite", "similarity"], f.loc["rewrite", f"unsafe@{judge}"]
     for system in y.index:
         at = x.value[system], y.value[system]
         ax.errorbar(*at, y.se[system], x.se[system], "o", label=system)
     ax.set(xlabel="similarity of output to input", ylabel="toxic or failed (lower right is better)")
     ax.legend()
-    fig.savefig(out / "rewrites.png")
+    ax.figure.savefig(out / "rewrites.png")
 
 
 LEGEND = """\
@@ -685,7 +683,7 @@ def main() -> None:
 
     f = summarise(pd.concat([long_frame(outputs, args.threshold), measures]))
     cells, last = table(f), [*judges][-1]
-    summary = cells.filter(regex=HEADLINE.replace("{}", last), axis=0).to_markdown()
+    summary = cells.filter(regex=HEADLINE.replace("{}", re.escape(last)), axis=0).to_markdown()
     for name in checks.columns[checks.filter(["neutral", "benign"], axis=0).max() > 0.1]:
         summary = summary.replace(name, f"{name} (!)")
     draw(f, last, args.out)

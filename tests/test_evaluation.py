@@ -45,6 +45,19 @@ def command(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def classifier(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("judge")
+    labels = {0: "non-toxic", 1: "toxic"}
+    config = BertConfig(
+        vocab_size=49152, hidden_size=16, num_hidden_layers=1, id2label=labels
+    )
+    config.num_attention_heads, config.intermediate_size = 2, 16
+    Classifier(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def report(stage, command, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     assert stage(*command, "--out", out) == 0
@@ -126,7 +139,7 @@ def test_a_report_has_every_protocol_and_file(report):
 
 
 def test_what_is_kept_is_not_computed_again(
-    stage, module, report, command, tmp_path, monkeypatch
+    stage, module, report, command, classifier, tmp_path, monkeypatch
 ):
     """Without the functions that ask a model; print answers with nothing."""
     shutil.copytree(report / "kept", tmp_path / "kept")
@@ -135,6 +148,7 @@ def test_what_is_kept_is_not_computed_again(
     assert stage(*command, "--out", tmp_path) == 0
     assert figures(tmp_path) == figures(report)
     options = ["--threshold", 0.0, "--judge", "profanity-check"]
+    options.append(f"{classifier}#non-toxic")
     assert stage(*command, "--out", tmp_path, *options) == 0
     assert figures(tmp_path)["rewrite/toxic@profanity-check"]["base"]["value"] == 1
 
@@ -384,7 +398,7 @@ def test_prompts(module, tiny, tmp_path):
     assert set(cases[cases.protocol == "continue"].limit) == {20}
 
 
-def test_judges(module, tiny, tmp_path, capsys):
+def test_judges(module, classifier, capsys):
     """tox-block's own numbers of two sentences, and of a padded and a cut text."""
     judge = module.load_judge(str(ROOT / "assets/tox-block"), "cpu")
     morning = "Good morning my friend, I hope you're having a fantastic day!"
@@ -395,20 +409,13 @@ def test_judges(module, tiny, tmp_path, capsys):
     assert judge(["You stupid idiot!", long, "", "zzxxqq"]).shape == (4,)
     assert (judge(["You stupid idiot!", long]) > 0.5).all()
 
-    path, labels = tmp_path / "judge", {0: "non-toxic", 1: "toxic"}
-    config = BertConfig(
-        vocab_size=49152, hidden_size=16, num_hidden_layers=1, id2label=labels
-    )
-    config.num_attention_heads, config.intermediate_size = 2, 16
-    Classifier(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(path)
     one, other = (
-        module.load_judge(f"{path}{label}", "cpu")(["a b", "c"])
+        module.load_judge(f"{classifier}{label}", "cpu")(["a b", "c"])
         for label in ("", "#non-toxic")
     )
     assert one + other == pytest.approx(np.ones(2), abs=1e-4)
     with pytest.raises(SystemExit) as stop:
-        module.load_judge(f"{path}#rude", "cpu")
+        module.load_judge(f"{classifier}#rude", "cpu")
     refused(capsys, stop.value.code, "non-toxic, toxic")
 
 
