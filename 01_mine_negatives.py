@@ -399,7 +399,7 @@ def server_generator(args):
 
     def complete(number, prompt, limit, temperature):
         how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"]}
-        for _ in range(3):  # of answers that can't be read; all else the client tries again
+        for _ in range(5):  # of answers that can't be read; all else the client tries again
             with suppress(AttributeError, IndexError, TypeError, ValueError):
                 answer = client.completions.create(model=name, prompt=prompt, **how)
                 return number, first_line(answer.choices[0].text)
