@@ -490,6 +490,7 @@ def test_a_base_with_dropout(stage, tiny, tmp_path):
     other draws."""
     drop = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
     config = GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=4, **drop)
+    torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(12)])
@@ -506,7 +507,7 @@ def test_a_base_with_dropout(stage, tiny, tmp_path):
             == 0
         )
         got.append(load_file(tmp_path / out / "adapter_model.safetensors"))
-    assert close(got[0], got[1], 1e-4) and close(got[0], got[2], 1e-4)
+    assert close(got[0], got[1], 1e-3) and close(got[0], got[2], 1e-3)
 
 
 def test_four_bits(stage, tiny, tmp_path, capsys):
