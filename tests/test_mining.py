@@ -492,7 +492,8 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
     BadServer.plan = iter(BAD_PLAN)
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:2])
     command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
-    assert stage(*command, "--rounds", 1, "--generator", bad_server) == 0
+    command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
+    assert stage(*command) == 0
     made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
     assert len(made) == len(set(made)) == BadServer.answered == 8
 
