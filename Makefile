@@ -81,7 +81,7 @@ for name, (count, texts) in pools.items():
         rows.append({"id": f"{name}-{i:04d}", "group": None, "text": t})
 rng.shuffle(rows)
 with open("data/seeds.tmp", "w", encoding="utf-8") as f:
-    f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 11 chunks of stage 01
+    f.writelines(json.dumps(r) + "\n" for r in rows[:176])  # 4 chunks of stage 01
 os.replace("data/seeds.tmp", "data/seeds.jsonl")
 endef
 # What stage 04 reads, a file a protocol: data/eval is reported, recipes are chosen by data/dev, and
