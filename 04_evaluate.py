@@ -325,7 +325,7 @@ def generate(model, tokenizer, batch, temperature, stop) -> list[str]:
     return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-def keep(folder: Path, made_by: list, work):
+def keep(folder, made_by, work):
     """work()'s result, which is computed once: made_by is all that it depends on."""
     path = folder / f"{hashlib.sha256(repr(made_by).encode()).hexdigest()}.json"
     if not path.is_file():
@@ -423,7 +423,7 @@ def hidden(text, instead=""):
     return " ".join("".join(np.where(toxic, instead, words)).split())
 
 
-def failure(row: dict, worst: float):
+def failure(row, worst):
     """Why an output counts as failed: the first that holds. worst: most nats a token."""
     text, words, given = row["output"], words_of(row["output"]), words_of(row["input"])
     long, prose = len(words) >= 8, re.findall(r"[^\W\d_]|\s", text)
@@ -442,10 +442,10 @@ def failure(row: dict, worst: float):
     return next(compress(reasons, reasons.values()), None)
 
 
-def score(outputs, lm, encoder, judges, weights, args) -> float:
+def score(outputs, lm, encoder, judges, plain, weights, args) -> float:
     """Adds similarity, clean (to leave an insult out is to move away from the input), toxicity by
     each judge, nats per token under the base and --fluency, and why an output failed. Returns the
-    bound for garbled: nats that 99% of the project's own sentences stay under."""
+    bound for garbled: nats that 99% of plain, the project's own sentences, stay under."""
     texts = outputs.output.tolist()
     vectors = embed(encoder, texts)
     outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
@@ -453,7 +453,6 @@ def score(outputs, lm, encoder, judges, weights, args) -> float:
     empty = outputs.output == ""
     for name, judge in judges.items():
         outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
-    plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
     worst = np.percentile(nats(args.kept, weights, *lm, plain), 99)
     worst = min(worst, np.log(len(lm[1])))  # tokens at random
     outputs["fluency"] = nats(args.kept, weights, *lm, texts)
@@ -482,7 +481,9 @@ def long_frame(outputs: pd.DataFrame, threshold: float) -> pd.DataFrame:
     reasons = pd.get_dummies(outputs.failure, dtype=float)
     d = d.join(reasons).assign(failed=reasons.sum(axis=1))
     pairs = zip(outputs.name, outputs.output)
-    d["named"] = [name and bool(re.search(rf"\b{name}\b", text, re.I)) for name, text in pairs]
+    d["named"] = [
+        name and bool(re.search(rf"\b{re.escape(name)}\b", text, re.I)) for name, text in pairs
+    ]
     units = outputs.groupby(UNIT)
     for column in outputs.filter(like="toxicity@"):
         judge, p = column.removeprefix("toxicity"), outputs[column]
@@ -672,11 +673,12 @@ def main() -> None:
     encoder = SentenceTransformer(args.encoder, device=args.device)
     judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
     checks = check_judges(judges, cases, args.threshold)
+    plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
     args.kept.mkdir(parents=True, exist_ok=True)
 
     outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
     lm[0].base_model.set_adapter([])
-    worst = score(outputs, lm, encoder, judges, meta["model_sha256"], args)
+    worst = score(outputs, lm, encoder, judges, plain, meta["model_sha256"], args)
     aside = args.out / "generations.tmp"
     outputs.drop(columns=["text", "limit"]).to_json(aside, orient="records", lines=True)
     aside.replace(args.out / "generations.jsonl")

@@ -309,6 +309,12 @@ def test_metrics_by_hand(module):
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5]
 
 
+def test_names_are_no_patterns(module):
+    outputs = scored(SAID).assign(name="C (old", output="they use C (older")
+    long = module.long_frame(outputs, 0.5)
+    assert set(long[long.metric == "named"].value) == {0}
+
+
 def test_metrics_have_their_protocols(module):
     outputs = scored(SAID).assign(output="a blinded cat")  # whole words only
     long = module.long_frame(outputs, 0.5)
