@@ -575,18 +575,15 @@ def mine(seeds, done, args):
 
 def summarise(args):
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
-    rates, rules, sums = Counter(), Counter(), Counter()
-    for line in map(json.loads, args.out.open(encoding="utf-8")):
-        positives, negatives = len(line["positives"]), len(line["negatives"])
-        enough = positives >= ENOUGH["positive"] and negatives >= ENOUGH["negative"]
-        rates.update(anchors=1, usable=min(positives, negatives, 1), enough=enough)
-        for c in line["positives"] + line["negatives"] + line["rejected"]:
-            rule = f"{c['kind']}: {c['rule']}"
-            rules[rule] += 1
-            sums.update({(rule, key): c.get(key, math.nan) for key in SCORES})
-    means = {rule: {key: sums[rule, key] / n for key in SCORES} for rule, n in rules.items()}
-    print(pd.DataFrame(means).T.assign(n=rules).sort_index().round(2).to_string())
-    return rates | {"hardness": means, "rules": rules}
+    lines = [json.loads(line) for line in args.out.open(encoding="utf-8")]
+    sizes = pd.DataFrame({kind: [len(x[f"{kind}s"]) for x in lines] for kind in ENOUGH})
+    candidates = [c for x in lines for c in x["positives"] + x["negatives"] + x["rejected"]]
+    table = pd.DataFrame(candidates, columns=["kind", "rule", *SCORES])
+    rule = table.kind + ": " + table.rule
+    means = table[SCORES].groupby(rule).mean().assign(n=rule.value_counts())
+    print(means.round(2).to_string())
+    enough = (sizes >= pd.Series(ENOUGH)).all(axis=1)
+    return {"anchors": len(lines), "enough": sum(enough), "candidates": means.T.to_dict()}
 
 
 def main():

@@ -221,8 +221,8 @@ def shared_phi(model, store, chosen, args):
 
 
 def objective(nll: Tensor, store, chosen: Tensor, args):
-    """Mean of -log J over anchors plus --hold x the positives' level: |phi - the base's|, or after
-    a toxic sentence phi itself, since there the base's is no aim. And statistics, floats."""
+    """The loss, and statistics, floats. Positives are held at the base's phi; after a toxic
+    sentence, where the base's is no aim, they are made likelier."""
     anchors, anchor = store.anchor[chosen].unique(return_inverse=True)
     positive, base = store.is_positive[chosen], store.nll[chosen]  # (S,)
     prototype = None
@@ -238,15 +238,11 @@ def objective(nll: Tensor, store, chosen: Tensor, args):
         tau=args.tau,
         phi=args.phi,
         distance=args.distance,
+        aim=base * (store.context[anchors] != 2)[anchor],
+        hold=args.hold,
     )
-    after_toxic = (store.context[anchors] == 2)[anchor]
-    level = torch.where(after_toxic, nll, nll - base).abs()[positive].mean()
-    stats |= {
-        "cp": loss.detach().mean(),
-        "drift": (nll.detach() - base)[positive].mean(),
-    }
-    stats = {name: value.item() for name, value in stats.items()}
-    return loss.mean() + args.hold * level, stats
+    stats["drift"] = (nll.detach() - base)[positive].mean()
+    return loss.mean(), {name: value.item() for name, value in stats.items()}
 
 
 def utility_step(model, store, chosen, args):

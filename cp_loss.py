@@ -10,8 +10,12 @@ perplexity of a sentence under the model being tuned; the prototype c is the mea
 
     nll  = linear_nll(hidden, lm_head.weight, targets)    # (T,) hidden and targets already shifted
     nll  = sequence_nll(nll, sequence, num_sequences)     # (S,) nats per token
-    loss, stats = cp_loss(nll, is_positive, anchor)       # (A,) one loss an anchor
+    loss, stats = cp_loss(nll, is_positive, anchor,       # (A,) one loss an anchor
+                          alpha=3.0, distance="signed", aim=base_nll, hold=0.6)
     loss.mean().backward()
+
+The paper's is cp_loss(nll, is_positive, anchor, phi="perplexity"). base_nll (S,) is the untuned
+model's: without it the level of phi is free, and drifts up.
 
 With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines. From a
 padded batch, with labels (S, L) that are -100 where a token doesn't count, and hidden (S, L, D):
@@ -29,7 +33,8 @@ Departures from the paper, each a choice of the caller; README says what each on
  3. distance="signed" takes phi - c, not |phi - c|, for negatives. The absolute distance rewards
     making a negative that is already likelier than the prototype (most mined ones are) likelier.
  4. `prototype` fixes c, for example to the base model's. None is the paper's: the positives' own.
- 5. phi is a mean over a sequence's own tokens and c over the anchor's own positives. The official
+ 5. aim and hold keep the positives' level. The paper's J is blind to it.
+ 6. phi is a mean over a sequence's own tokens and c over the anchor's own positives. The official
     code averages over padding, and over all positives of the micro-batch.
 """
 
@@ -134,10 +139,19 @@ def linear_nll(
 def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     """Mean nats per token of each sequence, (S,). token_nll (T,); sequence (T,) long: whose token
     it is. Raises ValueError where a sequence has no token, since its phi is undefined."""
-    count = torch.bincount(sequence, minlength=num_sequences)
-    if token_nll.shape != sequence.shape or len(count) != num_sequences or not count.all():
-        raise ValueError(f"each of {num_sequences} sequences needs a token: {count.tolist()[:20]}")
+    if token_nll.shape != sequence.shape:
+        raise ValueError("token_nll and sequence must be (T,)")
+    count = _count(sequence, num_sequences, "each sequence needs a token")
     return token_nll.new_zeros(num_sequences).index_add(0, sequence, token_nll) / count
+
+
+def _count(group, num_groups, fault):
+    """Members of each group, (A,)."""
+    count = torch.bincount(group, minlength=num_groups)
+    empty = (count == 0).nonzero().flatten().tolist()
+    if empty or len(count) > num_groups:
+        raise ValueError(f"{fault}: {empty[:20]} of {num_groups}")
+    return count
 
 
 def _group_logsumexp(x, group, num_groups):
@@ -157,16 +171,20 @@ def cp_loss(
     tau: float = 1.0,
     phi: str = "nll",
     distance: str = "absolute",
+    aim: Tensor | None = None,
+    hold: float = 0.0,
 ) -> tuple[Tensor, dict]:
-    """Each anchor's -log J, (A,) float32 (float64 for float64), and a dict of detached scalars.
+    """Each anchor's loss, (A,) float32 (float64 for float64), and a dict of detached scalars.
 
     nll (S,) nats per token; is_positive (S,) bool; anchor (S,) long in [0, A); sets may be ragged.
     prototype (A,) in phi's unit, or None: the mean phi of the anchor's positives, gradients flowing
     through it. -log J = softplus(log alpha + lse_N(l) - lse_P(l)), l = -|phi - c| / tau. Sign of
     d loss / d phi: a signed negative's is never positive (it is always made less likely); an
     absolute one's is that of c - phi. At distance 0 the subgradient is 0. alpha = 0 leaves J = 1: a
-    constant. Perplexities are cut at e^30. Raises ValueError on shapes, options and an anchor
-    without positives or negatives."""
+    constant. Perplexities are cut at e^30. aim (S,), nats per token: adds `hold` times the mean of
+    |nll - aim| over the anchor's positives, which nothing else keeps from drifting; the base's nll,
+    say, or 0 to make positives likelier. Raises ValueError on shapes, options and an anchor without
+    positives or negatives."""
     if not nll.shape == is_positive.shape == anchor.shape == (nll.numel(),) or not len(nll):
         raise ValueError("nll, is_positive and anchor must be (S,), S > 0")
     known = phi in ("nll", "perplexity") and distance in ("absolute", "signed")
@@ -174,40 +192,29 @@ def cp_loss(
         raise ValueError(f"{phi=}, {distance=}, {tau=}, {alpha=} is not a valid choice")
     A = int(anchor.max()) + 1 if prototype is None else len(prototype)
     pos = is_positive.bool()
-    _check_sets(pos, anchor, A)
+    _count(anchor[pos], A, "anchors without positives")
+    _count(anchor[~pos], A, "anchors without negatives")
     x = _up(nll) if phi == "nll" else _up(nll).clamp(max=30).exp()  # phi, (S,)
-    if prototype is None:
-        c = sequence_nll(x[pos], anchor[pos], A)  # (A,)
-    else:
-        c = prototype.to(x)
+    phi_pos = sequence_nll(x[pos], anchor[pos], A)  # (A,)
+    c = phi_pos if prototype is None else prototype.to(x)
     away = x - c[anchor]
     away = away.abs() if distance == "absolute" else torch.where(pos, away.abs(), away)
     lse_p = _group_logsumexp(-away[pos] / tau, anchor[pos], A)  # (A,)
     lse_n = _group_logsumexp(-away[~pos] / tau, anchor[~pos], A)
     log_alpha = math.log(alpha) if alpha else -math.inf
     loss = F.softplus(log_alpha + lse_n - lse_p)
-    return loss, _statistics(x.detach(), c.detach(), pos, anchor)
-
-
-def _check_sets(pos, anchor, num_anchors):
-    for name, member in (("positives", pos), ("negatives", ~pos)):
-        empty = (torch.bincount(anchor[member], minlength=num_anchors) == 0).nonzero()
-        if len(empty):
-            raise ValueError(f"anchors without {name}: {empty.flatten().tolist()[:20]}")
-
-
-def _statistics(x, c, pos, anchor):
-    phi_pos = sequence_nll(x[pos], anchor[pos], len(c)).mean()
-    phi_neg = sequence_nll(x[~pos], anchor[~pos], len(c)).mean()
-    right = x[pos][:, None] < x[~pos]  # (S+, S-)
-    same = anchor[pos][:, None] == anchor[~pos]
-    return {
-        "phi_pos": phi_pos,
-        "phi_neg": phi_neg,
-        "gap": phi_neg - phi_pos,
+    phi_neg = sequence_nll(x[~pos], anchor[~pos], A)
+    stats = {
+        "cp": loss.mean(),
+        "phi_pos": phi_pos.mean(),
+        "phi_neg": phi_neg.mean(),
+        "gap": (phi_neg - phi_pos).mean(),
         "prototype": c.mean(),
-        "ranking": right[same].float().mean(),
     }
+    if aim is not None:
+        level = (_up(nll) - aim).abs()  # (S,)
+        loss = loss + hold * sequence_nll(level[pos], anchor[pos], A)
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 # Hugging Face glue: what phi is of a model, for all stages alike.

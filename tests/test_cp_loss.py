@@ -299,7 +299,9 @@ def test_cp_loss_equals_the_loop(phi, distance, given, alpha, tau):
         distance=distance,
     )
     torch.testing.assert_close(moved, got)
-    torch.testing.assert_close(again["ranking"], stats["ranking"])
+    assert again.keys() == stats.keys()
+    for name in stats:
+        torch.testing.assert_close(again[name], stats[name])
 
 
 def test_cp_loss_statistics():
@@ -309,12 +311,28 @@ def test_cp_loss_statistics():
         torch.zeros(4, dtype=torch.long),
     )
     assert {k: v.item() for k, v in stats.items()} == {
+        # distances 1, 1 of positives; 0, 4 of negatives
+        "cp": pytest.approx(math.log1p((1 + math.exp(-4)) / (2 * math.exp(-1)))),
         "phi_pos": 2.0,
         "phi_neg": 4.0,
         "gap": 2.0,
         "prototype": 2.0,
-        "ranking": 0.75,
     }
+
+
+def test_aim_holds_each_anchors_positives():
+    nll = torch.tensor([1.0, 3.0, 2.0, 6.0, 5.0, 9.0], dtype=torch.float64)
+    nll.requires_grad_()
+    positive = torch.tensor([True, True, False, False, True, False])
+    anchor = torch.tensor([0, 0, 0, 0, 1, 1])
+    aim = torch.tensor([2.0, 2.5, 50.0, 50.0, 0.0, 50.0])
+    free, _ = cp_loss(nll, positive, anchor, phi="perplexity")
+    held, _ = cp_loss(nll, positive, anchor, phi="perplexity", aim=aim, hold=0.6)
+    more = held - free
+    torch.testing.assert_close(more, 0.6 * torch.tensor([0.75, 5.0]).double())
+    (grad,) = torch.autograd.grad(more.sum(), nll)
+    want = torch.tensor([-0.3, 0.3, 0.0, 0.0, 0.6, 0.0]).double()
+    torch.testing.assert_close(grad, want)
 
 
 @pytest.mark.parametrize("phi", ["nll", "perplexity"])
