@@ -24,7 +24,6 @@ import argparse
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re

@@ -192,29 +192,30 @@ def cp_loss(
         raise ValueError(f"{phi=}, {distance=}, {tau=}, {alpha=} is not a valid choice")
     A = int(anchor.max()) + 1 if prototype is None else len(prototype)
     pos = is_positive.bool()
-    _count(anchor[pos], A, "anchors without positives")
-    _count(anchor[~pos], A, "anchors without negatives")
-    x = _up(nll) if phi == "nll" else _up(nll).clamp(max=30).exp()  # phi, (S,)
-    phi_pos = sequence_nll(x[pos], anchor[pos], A)  # (A,)
+    anchor_p, anchor_n = anchor[pos], anchor[~pos]
+    _count(anchor_p, A, "anchors without positives")
+    _count(anchor_n, A, "anchors without negatives")
+    x = _up(nll)
+    if phi == "perplexity":
+        x = x.clamp(max=30).exp()  # phi, (S,)
+    phi_pos = sequence_nll(x[pos], anchor_p, A)  # (A,)
     c = phi_pos if prototype is None else prototype.to(x)
     away = x - c[anchor]
-    away = away.abs() if distance == "absolute" else torch.where(pos, away.abs(), away)
-    lse_p = _group_logsumexp(-away[pos] / tau, anchor[pos], A)  # (A,)
-    lse_n = _group_logsumexp(-away[~pos] / tau, anchor[~pos], A)
-    log_alpha = math.log(alpha) if alpha else -math.inf
-    loss = F.softplus(log_alpha + lse_n - lse_p)
-    phi_neg = sequence_nll(x[~pos], anchor[~pos], A)
-    stats = {
-        "cp": loss.mean(),
-        "phi_pos": phi_pos.mean(),
-        "phi_neg": phi_neg.mean(),
-        "gap": (phi_neg - phi_pos).mean(),
-        "prototype": c.mean(),
-    }
+    log_s = -torch.where(pos | (distance == "absolute"), away.abs(), away) / tau  # (S,)
+    lse_p = _group_logsumexp(log_s[pos], anchor_p, A)  # (A,)
+    lse_n = _group_logsumexp(log_s[~pos], anchor_n, A)
+    loss = F.softplus(x.new_tensor(alpha).log() + lse_n - lse_p)
+    stats = _statistics(loss, phi_pos, sequence_nll(x[~pos], anchor_n, A), c)
     if aim is not None:
         level = (_up(nll) - aim).abs()  # (S,)
-        loss = loss + hold * sequence_nll(level[pos], anchor[pos], A)
-    return loss, {name: value.detach() for name, value in stats.items()}
+        loss = loss + hold * sequence_nll(level[pos], anchor_p, A)
+    return loss, stats
+
+
+@torch.no_grad()
+def _statistics(cp, phi_pos, phi_neg, c):
+    means = {"cp": cp, "phi_pos": phi_pos, "phi_neg": phi_neg, "gap": phi_neg - phi_pos}
+    return {name: x.mean() for name, x in (means | {"prototype": c}).items()}
 
 
 # Hugging Face glue: what phi is of a model, for all stages alike.
