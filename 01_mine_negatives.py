@@ -118,9 +118,6 @@ PAPER_TURN = {  # the official code's prompts
     "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure each "
     "sentence is toxic: {} ### RESPONSE:",
 }
-DETERMINER = (
-    r"\b(a|the|his|her|my|your|our|their|this|that|some|any|no|these|those|every) (?=[a-z])"
-)
 FAULTS = {
     "repetition": r"\b(\w{4,})\b(.*\b\1\b){2}",
     "refusal": r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|language model)\b",
@@ -292,20 +289,20 @@ def first_line(text: str) -> str:
 
 
 @cache
-def toxic_adjectives(judge):
-    """Words of profanity-check's, toxic to the judge and adjectives by their endings."""
-    words = re.findall(r"\b[a-z]+(?:ing|y|ed|ish|id|ic)\b", " ".join(vectorizer.vocabulary_))
+def toxic_words(judge):
+    """Words of profanity-check's that the judge minds."""
+    words = sorted(word for word in vectorizer.vocabulary_ if re.fullmatch("[a-z]{4,}", word))
     return [word for word, toxicity in zip(words, judge(words)) if toxicity >= 0.9]
 
 
 def insert(text, words, chance):
-    """Toxic words after some of the text's determiners: the text is then the one clean rewrite that
-    loses nothing, and the words are those that our mild examples lack."""
+    """Toxic words in some of the text's gaps: the text is then the one clean rewrite that loses
+    nothing, and the words are those that our mild examples lack."""
 
-    def more(match):
-        return match[0] + chance.choice(["", chance.choice(words) + " "])
+    def more(_):
+        return f" {chance.choice(words)} " if chance.random() < 0.15 else " "
 
-    return re.sub(DETERMINER, more, text, flags=re.I)
+    return re.sub(" ", more, text)
 
 
 class LocalGenerator:
@@ -537,7 +534,7 @@ def mine_chunk(seeds, generate, scorers, args):
         made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
         drawn = [(lacking[i], text) for i, text in made if text]
         if kind == "negative" and turn == 0:
-            chance, words = random.Random(args.seed), toxic_adjectives(scorers[-1])
+            chance, words = random.Random(args.seed), toxic_words(scorers[-1])
             drawn += [(x, insert(x["text"], words, chance)) for x in lacking * args.insert]
         candidates = score(drawn, kind, scorers, args) if drawn else []
         for (line, _), candidate in zip(drawn, candidates):

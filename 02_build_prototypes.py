@@ -144,7 +144,7 @@ def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]
         contexts = [line["text"]]
     else:
         anchors.append((seed, "seed", line["text"], clean, toxic))
-        closest_first = sorted(line["negatives"], key=lambda c: -c.get("similarity", 1))
+        closest_first = sorted(line["negatives"], key=lambda c: -c.get("overlap", 1))
         contexts = near(closest_first)[: args.toxic_contexts]
         clean = [line["text"], *clean]
     for text in contexts:

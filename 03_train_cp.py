@@ -118,7 +118,7 @@ def options():
     g.add_argument("--anchors", type=count, default=9, help="a step (paper: 2 x 3)")
     g.add_argument("--lr", type=float, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)")
     g.add_argument("--rank", type=count, default=16, help="LoRA r; its alpha is 2 r")
-    g.add_argument("--every", type=count, default=20, help="steps between validations, saves")
+    g.add_argument("--every", type=count, default=40, help="steps between validations, saves")
     g.add_argument("--budget", type=count, default=2048, help="tokens at once; GPU: more")
     g.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
     g.add_argument("--seed", type=int, default=0, help="of anchors, draws and LoRA")

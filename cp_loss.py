@@ -1,6 +1,6 @@
 # Copyright 2026 the contrastive-perplexity authors. SPDX-License-Identifier: Apache-2.0
 """Prototype contrastive perplexity (CP), after Klein & Nabi, "Contrastive Perplexity for Controlled
-Generation", ACL 2025, arXiv 2401.08491. Version 2. Needs torch only: copy this file.
+Generation", ACL 2025, arXiv 2401.08491. Version 3. Needs torch only: copy this file.
 
 An anchor has positives P (clean paraphrases) and hard negatives N (toxic ones). phi(x) is the
 perplexity of a sentence under the model being tuned; the prototype c is the mean of phi over P:
@@ -137,21 +137,24 @@ def linear_nll(
 
 
 def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-    """Mean nats per token of each sequence, (S,). token_nll (T,); sequence (T,) long: whose token
-    it is. Raises ValueError where a sequence has no token, since its phi is undefined."""
+    """Mean nats per token of each sequence, (S,). token_nll (T,); sequence (T,) long in
+    [0, num_sequences): whose token it is. Raises ValueError where a sequence has no token, since
+    its phi is undefined; torch.compile leaves this check out."""
     if token_nll.shape != sequence.shape:
         raise ValueError("token_nll and sequence must be (T,)")
-    count = _count(sequence, num_sequences, "each sequence needs a token")
-    return token_nll.new_zeros(num_sequences).index_add(0, sequence, token_nll) / count
+    everyone = torch.ones_like(sequence, dtype=torch.bool)
+    return _mean(token_nll, everyone, sequence, num_sequences, "each sequence needs a token")
 
 
-def _count(group, num_groups, fault):
-    """Members of each group, (A,)."""
-    count = torch.bincount(group, minlength=num_groups)
-    empty = (count == 0).nonzero().flatten().tolist()
-    if empty or len(count) > num_groups:
-        raise ValueError(f"{fault}: {empty[:20]} of {num_groups}")
-    return count
+def _mean(x, member, group, num_groups, fault):
+    """Of each group's members, (A,)."""
+    if not torch.compiler.is_compiling():
+        size = torch.bincount(group[member], minlength=num_groups)
+        if len(size) > num_groups or not size.all():
+            empty = (size == 0).nonzero().flatten().tolist()
+            raise ValueError(f"{fault}: {empty[:20]} of {num_groups}")
+    count = x.new_zeros(num_groups).index_add(0, group, member.to(x.dtype))
+    return x.new_zeros(num_groups).index_add(0, group, x.where(member, 0)) / count
 
 
 def _group_logsumexp(x, group, num_groups):
@@ -191,24 +194,20 @@ def cp_loss(
     if not known or tau <= 0 or alpha < 0:
         raise ValueError(f"{phi=}, {distance=}, {tau=}, {alpha=} is not a valid choice")
     A = int(anchor.max()) + 1 if prototype is None else len(prototype)
-    pos = is_positive.bool()
-    anchor_p, anchor_n = anchor[pos], anchor[~pos]
-    _count(anchor_p, A, "anchors without positives")
-    _count(anchor_n, A, "anchors without negatives")
-    x = _up(nll)
+    pos, x = is_positive.bool(), _up(nll)
     if phi == "perplexity":
         x = x.clamp(max=30).exp()  # phi, (S,)
-    phi_pos = sequence_nll(x[pos], anchor_p, A)  # (A,)
+    phi_pos = _mean(x, pos, anchor, A, "anchors without positives")  # (A,)
+    phi_neg = _mean(x, ~pos, anchor, A, "anchors without negatives")
     c = phi_pos if prototype is None else prototype.to(x)
     away = x - c[anchor]
     log_s = -torch.where(pos | (distance == "absolute"), away.abs(), away) / tau  # (S,)
-    lse_p = _group_logsumexp(log_s[pos], anchor_p, A)  # (A,)
-    lse_n = _group_logsumexp(log_s[~pos], anchor_n, A)
+    lse_p = _group_logsumexp(log_s.where(pos, -math.inf), anchor, A)  # (A,)
+    lse_n = _group_logsumexp(log_s.where(~pos, -math.inf), anchor, A)
     loss = F.softplus(x.new_tensor(alpha).log() + lse_n - lse_p)
-    stats = _statistics(loss, phi_pos, sequence_nll(x[~pos], anchor_n, A), c)
+    stats = _statistics(loss, phi_pos, phi_neg, c)
     if aim is not None:
-        level = (_up(nll) - aim).abs()  # (S,)
-        loss = loss + hold * sequence_nll(level[pos], anchor_p, A)
+        loss = loss + hold * _mean((_up(nll) - aim).abs(), pos, anchor, A, "")
     return loss, stats
 
 

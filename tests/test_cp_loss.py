@@ -231,8 +231,9 @@ def test_a_padded_batch_as_the_file_says():
 def test_sequence_nll_is_a_mean_and_refuses_an_empty_sequence():
     nll, sequence = torch.tensor([1.0, 5.0, 3.0]), torch.tensor([1, 0, 1])
     assert sequence_nll(nll, sequence, 2).tolist() == [5.0, 2.0]
-    with pytest.raises(ValueError, match="needs a token"):
-        sequence_nll(nll, sequence, 3)
+    for wrong in (3, 1):
+        with pytest.raises(ValueError, match="needs a token"):
+            sequence_nll(nll, sequence, wrong)
 
 
 def loop_loss(nll, positive, anchor, prototype, alpha, tau, phi, distance):
@@ -426,6 +427,19 @@ def test_cp_loss_signs(prototype):
     ]
     if prototype is not None:  # a free one adds its own pull to every positive
         assert signs["absolute"][:3] == signs["signed"][:3] == [-1, 0, 1]
+
+
+def test_compiles_whole():
+    nll = torch.tensor([1.0, 5.0, 3.0, 2.0], requires_grad=True)
+    positive, anchor = torch.tensor([True, False] * 2), torch.tensor([0, 0, 1, 1])
+    how = {"distance": "signed", "aim": torch.ones(4), "hold": 0.5}
+    grads = []
+    for function in (cp_loss, torch.compile(cp_loss, fullgraph=True)):
+        loss, _ = function(nll, positive, anchor, **how)
+        grads += [loss, *torch.autograd.grad(loss.sum(), nll)]
+    torch.testing.assert_close(grads[:2], grads[2:])
+    compiled = torch.compile(sequence_nll, fullgraph=True)
+    assert compiled(nll, anchor, 2).tolist() == [3.0, 2.5]
 
 
 def test_cp_loss_refuses():

@@ -279,15 +279,15 @@ def test_local_generation_is_the_models_own(mining, options):
 
 
 def test_toxic_words_are_inserted(mining):
-    """Adjectives that the judge minds, after determiners, and nothing else changes."""
-    words = mining.toxic_adjectives(mining.predict_prob)
-    assert len(words) > 5 and min(mining.predict_prob(words)) >= 0.9
+    """Words that the judge minds, in the gaps, and nothing else changes."""
+    words = mining.toxic_words(mining.predict_prob)
+    assert len(words) > 50 and min(mining.predict_prob(words)) >= 0.9
     text = "The man gave his dog to that friend of Anna."
-    made = {mining.insert(text, ["awful"], random.Random(i)) for i in range(40)}
-    assert len(made) == 8  # each of three places or not
+    made = [mining.insert(text, ["awful"], random.Random(i)) for i in range(400)]
     assert {x.replace("awful ", "") for x in made} == {text}
-    assert "The awful man gave his awful dog to that awful friend of Anna." in made
-    assert mining.insert("Anna sang.", ["awful"], random.Random(0)) == "Anna sang."
+    count = sum(x.count("awful") for x in made)
+    assert 0.12 < count / (400 * text.count(" ")) < 0.18
+    assert mining.insert("Sang.", ["awful"], random.Random(0)) == "Sang."
 
 
 # Resuming
