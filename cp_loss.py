@@ -142,8 +142,8 @@ def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Ten
     its phi is undefined; torch.compile leaves this check out."""
     if token_nll.shape != sequence.shape:
         raise ValueError("token_nll and sequence must be (T,)")
-    everyone = torch.ones_like(sequence, dtype=torch.bool)
-    return _mean(token_nll, everyone, sequence, num_sequences, "each sequence needs a token")
+    fault = "each sequence needs a token"
+    return _mean(token_nll, sequence >= 0, sequence, num_sequences, fault)
 
 
 def _mean(x, member, group, num_groups, fault):
@@ -151,8 +151,7 @@ def _mean(x, member, group, num_groups, fault):
     if not torch.compiler.is_compiling():
         size = torch.bincount(group[member], minlength=num_groups)
         if len(size) > num_groups or not size.all():
-            empty = (size == 0).nonzero().flatten().tolist()
-            raise ValueError(f"{fault}: {empty[:20]} of {num_groups}")
+            raise ValueError(f"{fault}: {(size == 0).nonzero().flatten().tolist()[:20]}")
     count = x.new_zeros(num_groups).index_add(0, group, member.to(x.dtype))
     return x.new_zeros(num_groups).index_add(0, group, x.where(member, 0)) / count
 
