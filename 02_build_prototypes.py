@@ -8,7 +8,7 @@ one). Each mined line becomes anchors of up to three kinds, by --context:
   toxic   after "Paraphrase: <one of its own negatives>", those with most of the seed's words: its
           positives as mined, with the seed; negatives are the other toxic sentences and that
           sentence itself, so that copying it counts against the model. The seed and that sentence
-          are `required`: always drawn. One in three has another seed's paraphrase shown before it.
+          are `required`: always drawn.
 
 reads   runs/default/mined*.jsonl
 writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,)
@@ -76,7 +76,7 @@ def options() -> argparse.Namespace:
     p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
-    p.add_argument("--toxic-contexts", type=int, default=3, help="a mined line's at most (ours)")
+    p.add_argument("--toxic-contexts", type=int, default=4, help="a mined line's at most (ours)")
     p.add_argument("--positives", type=count, default=1, help="an anchor's at most; 03 draws 1")
     p.add_argument("--negatives", type=count, default=2, help="an anchor's at most; 03 draws 2")
     p.add_argument(
@@ -130,9 +130,8 @@ def read_mined(paths: list[Path]) -> list[dict]:
     return [lines[name] for name in sorted(lines, key=str)]
 
 
-def make_anchors(seed: int, lines: list[dict], args: argparse.Namespace) -> list[tuple]:
-    """Of a mined line: (its number, kind, prompt, positives, negatives) each."""
-    line, before = lines[seed], lines[seed - 1]
+def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]:
+    """(number of its mined line, kind, sentence in the context, positives, negatives) of each."""
 
     def near(candidates: list[dict]) -> list[str]:
         return [c["text"] for c in candidates if c.get("similarity", 1) >= args.close]
@@ -145,24 +144,20 @@ def make_anchors(seed: int, lines: list[dict], args: argparse.Namespace) -> list
     if line["text"] in toxic:
         contexts = [line["text"]]
     else:
-        anchors.append((seed, "seed", args.prompt.format(line["text"]), clean, toxic))
+        anchors.append((seed, "seed", line["text"], clean, toxic))
         closest_first = sorted(line["negatives"], key=lambda c: -c.get("overlap", 1))
         contexts = near(closest_first)[: args.toxic_contexts]
         clean = [line["text"], *clean]
-    for k, text in enumerate(contexts):
-        prompt = args.prompt.format(text)
-        if k == 1 and before["positives"]:  # not all alike: one has a paraphrase shown first
-            example = args.prompt.format(before["text"])
-            prompt = f"{example} {before['positives'][0]['text']}\n\n{prompt}"
+    for text in contexts:
         others = [x for x in toxic if x != text]
-        anchors.append((seed, "toxic", prompt, clean, [text, *others]))
+        anchors.append((seed, "toxic", text, clean, [text, *others]))
     return [a for a in anchors if a[1] in args.context]
 
 
 def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple:
     """ids, start, anchor, is_positive, required: a tuple each, a sequence's at the same place."""
     rows = []
-    for number, (_, kind, prompt, positives, negatives) in enumerate(anchors):
+    for number, (_, kind, context, positives, negatives) in enumerate(anchors):
         sets = (
             (True, positives[: args.positives]),
             (False, negatives[: args.negatives]),
@@ -172,7 +167,7 @@ def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple
                 if kind == "none":
                     ids, start = encode(tokenizer, text)
                 else:  # the newline that ends a paraphrase counts, so that ending is learnt too
-                    ids, start = encode(tokenizer, f" {text}\n", prompt)
+                    ids, start = encode(tokenizer, f" {text}\n", args.prompt.format(context))
                 required = kind == "toxic" and text == texts[0]
                 rows.append((ids, start, number, is_positive, required))
     return tuple(zip(*rows))
@@ -218,7 +213,7 @@ def describe(model, tokenizer, args: argparse.Namespace) -> dict[str, str]:
 def main() -> None:
     args = options()
     lines = read_mined(args.mined)
-    anchors = [a for i in range(len(lines)) for a in make_anchors(i, lines, args)]
+    anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
     if not anchors:
         fail(f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar")
     disable_progress_bar()

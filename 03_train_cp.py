@@ -95,20 +95,20 @@ def options():
     g.add_argument(
         "--alpha",
         type=float,
-        default=3.0,
+        default=10.0,
         help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)",
     )
     g.add_argument("--tau", type=float, default=1.0, help="small: only near negatives count (ours)")
     g.add_argument(
         "--hold",
         type=float,
-        default=0.6,
+        default=1.2,
         help="weight of the positives' level, see `objective`; 0: they drift away (ours)",
     )
     g.add_argument(
         "--utility",
         type=float,
-        default=5.0,
+        default=10.0,
         help="weight of KL from the base on neutral text; 0: wiki perplexity rises (ours)",
     )
     g.add_argument("--positives", type=count, default=1, help="|P| drawn (paper: 1 to 5)")

@@ -11,7 +11,7 @@ perplexity of a sentence under the model being tuned; the prototype c is the mea
     nll  = linear_nll(hidden, lm_head.weight, targets)    # (T,) hidden and targets already shifted
     nll  = sequence_nll(nll, sequence, num_sequences)     # (S,) nats per token
     loss, stats = cp_loss(nll, is_positive, anchor,       # (A,) one loss an anchor
-                          alpha=3.0, distance="signed", aim=base_nll, hold=0.6)
+                          alpha=10.0, distance="signed", aim=base_nll, hold=1.2)
     loss.mean().backward()
 
 The paper's is cp_loss(nll, is_positive, anchor, phi="perplexity"). base_nll (S,) is the untuned

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import model_nll
@@ -80,27 +80,6 @@ def test_prototypes_format(trained):
         "mined_sha256",
         "phi",
     } <= set(meta)
-
-
-def test_a_toxic_context_in_three_has_another_seeds_paraphrase_before_it(
-    trained, tiny
-):
-    store = load_file(trained / "prototypes.safetensors")
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    ids = store["input_ids"].split(store["offsets"].diff().tolist())
-    pairs = {}
-    for line in map(mined_line, range(12)):
-        paraphrase = line["positives"][0]["text"]
-        pairs[f"Sentence: {line['text']}\nParaphrase: {paraphrase}"] = line["text"]
-    shown = 0
-    for s in (store["required"] & store["is_positive"]).nonzero().flatten():
-        prompt = tokenizer.decode(ids[s][1 : store["start"][s]])
-        answer = tokenizer.decode(ids[s][store["start"][s] :])
-        *before, last = prompt.split("\n\n")
-        assert last.startswith("Sentence: ") and last.endswith("\nParaphrase:")
-        shown += len(before)
-        assert all(pairs[text] != answer.strip() for text in before)
-    assert shown == 12
 
 
 def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
