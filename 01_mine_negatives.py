@@ -15,7 +15,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "positi
                                   A killed run resumes.
         runs/default/mining.json  options, versions, rates, means of scores
 
-    python 01_mine_negatives.py                        # 176 seeds: 4 minutes on 2 CPU cores
+    python 01_mine_negatives.py                        # 176 seeds: 3½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
     python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model --chunk 256
 """
