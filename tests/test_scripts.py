@@ -91,6 +91,24 @@ def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
     assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 9
 
 
+def test_own_pairs_start_here(stage, tiny, tmp_path):
+    """A toxic text and its clean version a line, as README says; no scores, ids are numbers."""
+    rows = []
+    for i in range(10):
+        line = mined_line(i)
+        toxic, clean = line["negatives"][0]["text"], line["text"]
+        sets = {"positives": [{"text": clean}], "negatives": [{"text": toxic}]}
+        rows.append({"id": i, "text": toxic} | sets)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    run = ["--run", tmp_path]
+    assert stage("02", *run, "--mined", pairs, "--model", tiny) == 0
+    store = load_file(tmp_path / "prototypes.safetensors")
+    assert torch.bincount(store["context"]).tolist() == [10, 0, 10]
+    assert torch.bincount(store["anchor"]).tolist() == [2] * 20
+    assert stage("03", *run, "--steps", 2, "--anchors", 2) == 0
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
 def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
     rows, stores = [mined_line(i) for i in range(6)], []
     parts = [write_jsonl(tmp_path / f"mined-{i}.jsonl", rows[i::2]) for i in (0, 1)]
