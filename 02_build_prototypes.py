@@ -34,7 +34,7 @@ logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -210,6 +210,19 @@ def describe(model, tokenizer, args: argparse.Namespace) -> dict[str, str]:
     }
 
 
+def write(store: dict, metadata: dict[str, str], path: Path) -> None:
+    """Aside, then renamed. In sorted order, which safetensors' header has not: what is equal is
+    equal byte by byte."""
+    data = save(store, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # tensors are aligned
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    aside.replace(path)
+
+
 def main() -> None:
     args = options()
     lines = read_mined(args.mined)
@@ -245,10 +258,7 @@ def main() -> None:
         "context": torch.tensor([CONTEXTS.index(k) for k in kinds]),
     }
     metadata = describe(model, tokenizer, args) | {"load": json.dumps(how)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = args.out.with_suffix(".tmp")
-    save_file(store, aside, metadata)
-    aside.replace(args.out)
+    write(store, metadata, args.out)
     columns = {"context": [kinds[a] for a in anchor], "positive": good, "phi": nll}
     table = pd.DataFrame(columns).groupby(["context", "positive"]).phi
     print(table.describe(percentiles=[0.05, 0.5, 0.95]).round(2).to_string())

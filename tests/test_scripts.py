@@ -120,6 +120,12 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
         )
         stores.append(load_file(out))
     assert all(torch.equal(stores[0][k], stores[1][k]) for k in stores[0])
+    one, other = (tmp_path / f"{k}.safetensors" for k in (0, 1))
+    data = one.read_bytes()
+    assert data == other.read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    names = list(header["__metadata__"])
+    assert names == sorted(names) and len(names) > 8
     capsys.readouterr()
     twice = stage(
         "02", "--run", tmp_path, "--model", tiny, "--mined", parts[0], parts[0]
