@@ -34,6 +34,7 @@ logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import pandas as pd
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.torch import save
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -56,6 +57,19 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_compute_dtype": "bfloat16",
 }
+
+
+class Candidate(BaseModel, allow_inf_nan=False):
+    text: str = Field(min_length=1)
+    similarity: float = 1.0
+    overlap: float = 1.0
+
+
+class Mined(BaseModel):
+    id: str | int
+    text: str = Field(min_length=1)
+    positives: list[Candidate]
+    negatives: list[Candidate]
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -118,14 +132,13 @@ def read_mined(paths: list[Path]) -> list[dict]:
     for path in paths:
         if not path.is_file():
             fail(f"{path} not found: run 01_mine_negatives.py first")
-        for n, text in enumerate(path.open(encoding="utf-8"), 1):
+        for n, text in enumerate(path.open("rb"), 1):
             try:
-                line = json.loads(text)
-                [x["text"] for x in (line, *line["positives"], *line["negatives"])]
-                known = lines.setdefault(line["id"], line)
-            except (ValueError, KeyError, TypeError):
-                fail(f"{path}:{n}: not a line of stage 01: delete it, or run stage 01 again")
-            if known is not line:
+                line = Mined.model_validate_json(text).model_dump()
+            except ValidationError as err:
+                why = " ".join(str(err).split("[type")[0].split())
+                fail(f"{path}:{n}: {why}: delete it, or run stage 01 again")
+            if lines.setdefault(line["id"], line) is not line:
                 fail(f"{path}:{n}: id {line['id']!r} stands more than once: delete one")
     return [lines[name] for name in sorted(lines, key=str)]
 
@@ -134,7 +147,7 @@ def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]
     """(number of its mined line, kind, sentence in the context, positives, negatives) of each."""
 
     def near(candidates: list[dict]) -> list[str]:
-        return [c["text"] for c in candidates if c.get("similarity", 1) >= args.close]
+        return [c["text"] for c in candidates if c["similarity"] >= args.close]
 
     if not line["positives"] or not line["negatives"]:
         return []
@@ -145,7 +158,7 @@ def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]
         contexts = [line["text"]]
     else:
         anchors.append((seed, "seed", line["text"], clean, toxic))
-        closest_first = sorted(line["negatives"], key=lambda c: -c.get("overlap", 1))
+        closest_first = sorted(line["negatives"], key=lambda c: -c["overlap"])
         contexts = near(closest_first)[: args.toxic_contexts]
         clean = [line["text"], *clean]
     for text in contexts:

@@ -139,6 +139,11 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
         (None, ["run 01_mine_negatives.py first"]),
         ("", ["empty"]),
         (json.dumps(mined_line(0)) + "\n{torn", ["mined.jsonl:2"]),
+        ('{"id": "a", "text": "b"}', ["mined.jsonl:1", "positives"]),
+        (json.dumps(mined_line(0) | {"text": 3}), ["mined.jsonl:1", "text"]),
+        (json.dumps(mined_line(0) | {"text": "\ud800"}), ["mined.jsonl:1"]),
+        (json.dumps(mined_line(0)).replace("0.8", "NaN"), ["mined.jsonl:1", "finite"]),
+        (json.dumps(mined_line(0)).replace("lake", "\0\xff"), ["mined.jsonl:1"]),
         (json.dumps(mined_line(0) | {"negatives": []}), ["no anchor has both"]),
         (json.dumps(mined_line(0) | {"positives": []}), ["no anchor has both"]),
         (2 * (json.dumps(mined_line(0)) + "\n"), ["more than once"]),
@@ -146,7 +151,7 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
 )
 def test_prototypes_refuse_bad_input(stage, tiny, tmp_path, capsys, content, words):
     if content is not None:
-        (tmp_path / "mined.jsonl").write_text(content)
+        (tmp_path / "mined.jsonl").write_text(content, encoding="latin-1")
     refused(capsys, stage("02", "--run", tmp_path, "--model", tiny), *words)
     assert not (tmp_path / "prototypes.safetensors").exists()
 
