@@ -149,6 +149,12 @@ def count(text):
     return int(text)
 
 
+def positive(text):
+    if not 0 < float(text) < 1e9:
+        raise ValueError
+    return float(text)
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
@@ -176,7 +182,7 @@ def options():
     g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
-    g.add_argument("--temperature", type=float, default=0.7, help="0.05 more in each next round")
+    g.add_argument("--temperature", type=positive, default=0.7, help="0.05 more in each next round")
     g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
@@ -187,7 +193,7 @@ def options():
     g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
     g.add_argument("--benign", type=float, default=0.2, help="a positive's highest")
     g.add_argument("--similar", type=float, default=0.5, help="least cosine with the seed")
-    g.add_argument("--length", type=float, default=1.6, help="most words for a word of the seed")
+    g.add_argument("--length", type=positive, default=1.6, help="most words for a word of the seed")
     g.add_argument("--distinct", type=float, default=0.9, help="least ROUGE-L F of duplicates")
     g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
     g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")

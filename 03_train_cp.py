@@ -71,6 +71,12 @@ def count(text):
     return int(text)
 
 
+def weight(text):
+    if not 0 <= float(text) < math.inf:
+        raise ValueError
+    return float(text)
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
@@ -94,20 +100,22 @@ def options():
     )
     g.add_argument(
         "--alpha",
-        type=float,
+        type=weight,
         default=10.0,
         help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)",
     )
-    g.add_argument("--tau", type=float, default=1.0, help="small: only near negatives count (ours)")
+    g.add_argument(
+        "--tau", type=weight, default=1.0, help="small: only near negatives count (ours)"
+    )
     g.add_argument(
         "--hold",
-        type=float,
+        type=weight,
         default=1.2,
         help="weight of the positives' level, see `objective`; 0: they drift away (ours)",
     )
     g.add_argument(
         "--utility",
-        type=float,
+        type=weight,
         default=10.0,
         help="weight of KL from the base on neutral text; 0: wiki perplexity rises (ours)",
     )
@@ -116,7 +124,7 @@ def options():
     g = p.add_argument_group("optimisation")
     g.add_argument("--steps", type=int, default=80, help="0: one epoch (paper)")
     g.add_argument("--anchors", type=count, default=9, help="a step (paper: 2 x 3)")
-    g.add_argument("--lr", type=float, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)")
+    g.add_argument("--lr", type=weight, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)")
     g.add_argument("--rank", type=count, default=16, help="LoRA r; its alpha is 2 r")
     g.add_argument("--every", type=count, default=40, help="steps between validations, saves")
     g.add_argument("--budget", type=count, default=2048, help="tokens at once; GPU: more")
@@ -126,6 +134,8 @@ def options():
     preset = PAPER.split() if p.parse_known_args()[0].preset else []
     args = p.parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "adapter"
+    if not args.tau or args.steps < 0:
+        fail("--tau must be above 0, --steps not below")
     return args
 
 
@@ -174,10 +184,7 @@ def draw(store, anchors: Tensor, args, random):
         rank = torch.rand(high - low, generator=random) + store.required[low:high]
         order = low + rank.argsort(descending=True)
         positive = store.is_positive[order]
-        chosen += [
-            order[positive][: args.positives],
-            order[~positive][: args.negatives],
-        ]
+        chosen += [order[positive][: args.positives], order[~positive][: args.negatives]]
     return torch.cat(chosen)
 
 
@@ -185,12 +192,8 @@ def batch(store, args, step) -> Tensor:
     """A step's sequences: anchors in random order, round after round, a draw of each one's sets."""
     order = torch.randperm(len(store.train), generator=generator(args.seed))
     at = torch.arange((step - 1) * args.anchors, step * args.anchors) % len(order)
-    return draw(
-        store,
-        store.train[order[at]].unique(),
-        args,
-        generator(args.seed * 100_003 + step),
-    )
+    anchors = store.train[order[at]].unique()
+    return draw(store, anchors, args, generator(args.seed * 100_003 + step))
 
 
 # Objective and gradient
@@ -326,10 +329,7 @@ def validate(model, store, args, step):
     bare = neutral & (store.context == 0)[store.anchor]
     away = (nll - store.nll)[bare if bare.any() else neutral].mean().item()
     row = {"step": step, "split": "validation", "loss": loss.item(), **stats}
-    row |= {
-        "utility_drift": away,
-        "criterion": row["cp"] + max(row["drift"], away, 0.0),
-    }
+    row |= {"utility_drift": away, "criterion": row["cp"] + max(row["drift"], away, 0.0)}
     return row, nll
 
 
@@ -384,10 +384,8 @@ def write(path, save):
 
 def resume(folder, args, record):
     """The last saved state of this very run, or a first one."""
-    path, state = (
-        folder / "state.pt",
-        {"step": 0, "rows": [], "best": math.inf, "record": record},
-    )
+    path = folder / "state.pt"
+    state = {"step": 0, "rows": [], "best": math.inf, "record": record}
     if args.out.exists() and not path.exists():
         fail(f"{args.out} exists, and not by a run in {folder}: give another --out")
     try:

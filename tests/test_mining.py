@@ -113,7 +113,9 @@ def test_refuses_bad_seeds(stage, tmp_path, capsys, content):
 
 
 def test_refuses_bad_options(stage, tmp_path, capsys):
-    refused(capsys, stage("01", "--rude", 0), "--rude", "0")
+    bad = [("--rude", 0), ("--temperature", 0), ("--temperature", "nan")]
+    for name, value in [*bad, ("--length", -1)]:
+        refused(capsys, stage("01", f"{name}={value}"), name, str(value))
     spec = f"datasets:{tmp_path}/none:train:text"
     refused(capsys, stage("01", "--seeds", spec), "datasets:NAME:SPLIT:COLUMN")
 

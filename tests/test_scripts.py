@@ -142,7 +142,10 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
         ('{"id": "a", "text": "b"}', ["mined.jsonl:1", "positives"]),
         (json.dumps(mined_line(0) | {"text": 3}), ["mined.jsonl:1", "text"]),
         (json.dumps(mined_line(0) | {"text": "\ud800"}), ["mined.jsonl:1"]),
-        (json.dumps(mined_line(0)).replace("0.8", "NaN"), ["mined.jsonl:1", "finite"]),
+        (
+            json.dumps(mined_line(0)).replace("0.8", "NaN"),
+            ["mined.jsonl:1", "finite"],
+        ),
         (json.dumps(mined_line(0)).replace("lake", "\0\xff"), ["mined.jsonl:1"]),
         (json.dumps(mined_line(0) | {"negatives": []}), ["no anchor has both"]),
         (json.dumps(mined_line(0) | {"positives": []}), ["no anchor has both"]),
@@ -206,7 +209,9 @@ def test_training_refuses(stage, trained, tmp_path, capsys):
         capsys, stage("03", "--run", tmp_path), "run 02_build_prototypes.py first"
     )
     refused(capsys, stage("03", "--preset", "best"), "--preset", "paper")
-    refused(capsys, stage("03", "--run", trained, "--positives", 0), "--positives")
+    bad = [("--positives", 0), ("--alpha", "nan"), ("--hold", -1), ("--lr", "inf")]
+    for name, value in [*bad, ("--tau", 0), ("--steps", -1), ("--utility", "much")]:
+        refused(capsys, stage("03", "--run", trained, f"{name}={value}"), name)
     path = tmp_path / "prototypes.safetensors"
     store, meta = load_file(trained / path.name), metadata(trained / path.name)
     save_file(store, path, meta | {"format": "cp-prototypes-0"})
