@@ -54,8 +54,8 @@ model.save_pretrained(out + ".tmp")
 AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
 os.replace(out + ".tmp", out)
 endef
-# Everyday sentences, and beginnings of sentences of film reviews and of a forum on money, which break
-# off as web texts do; none that the judge of words minds.
+# Everyday sentences, and beginnings of sentences of film reviews and of a forum on money, which
+# break off as web texts do; none that the judge of words minds.
 define SEEDS
 import csv, json, os, random, re
 from profanity_check import predict_prob
