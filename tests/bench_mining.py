@@ -53,7 +53,7 @@ def generate_plainly(model, tokenizer, prompts, limit, stop) -> list[str]:
             some = rows[i : i + 96]
             batch = tokenizer(
                 some, return_tensors="pt", padding=True, padding_side="left"
-            )
+            ).to(model.device)
             out = model.generate(**batch, **how)[:, batch.input_ids.shape[1] :]
             texts = tokenizer.batch_decode(out, skip_special_tokens=True)
             lines += [text.split("\n")[0] for text in texts if "\n" in text]
@@ -61,9 +61,9 @@ def generate_plainly(model, tokenizer, prompts, limit, stop) -> list[str]:
 
 
 def speed(repeats: int) -> None:
-    sys.argv = ["01", "--limit", "16", "--device", "cpu"]
+    sys.argv = ["01", "--limit", "16"]
     args = mining.options()
-    model, tokenizer = mining.load_model(args.model, "cpu", dtype=args.dtype)
+    model, tokenizer = mining.load_model(args.model, args.device, dtype=args.dtype)
     texts = [seed["text"] for seed in mining.read_seeds(args)]
     prompts = mining.make_prompts("negative", texts, 0, args)
     limit = int(1.6 * max(map(len, texts)) / 3) + 8

@@ -1,0 +1,308 @@
+"""Stages 02 and 03 on one GPU at the shapes of the paper's models, with random weights.
+
+    .venv/bin/pip install --no-deps trl==1.16.0                  # the peer
+    .venv/bin/python tests/bench_shapes.py                       # after `make all` or stage 02
+    .venv/bin/python tests/bench_shapes.py --shapes mistral-7b --bits 4
+
+The sequences are the run's, their tokens made to fit the vocabulary: lengths are real, phi is not,
+which costs the same. `default` has stage 03's sets, 9 anchors with |P| = 1 and |N| = 2; `paper` 9
+with 3 and 5, for which an anchor's sequences repeat. A step is the whole of it, --utility's passes
+in its time but not in its tokens. Peak: share of a bare product's rate, 8,192 a side in bfloat16;
+operations are those of the step's products, without attention's and recomputation. Memory is the
+peak above the weights. Parts are of three further steps, with the clock waiting for the GPU at each
+border. `full logits, padded` and TRL's DPO get the same draws; DPO pairs each negative with a
+positive, whose tokens count each time.
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import bitsandbytes as bnb
+import tokenizers
+import torch
+import transformers
+from transformers import Gemma2Config, LlamaConfig, MistralConfig
+
+import cp_loss
+from bench_training import Clock, dpo, memory, official, training
+
+BIG = {"num_key_value_heads": 8, "intermediate_size": 14336}
+SHAPES = {
+    "mistral-7b": MistralConfig(vocab_size=32000, sliding_window=None, **BIG),
+    "llama-3-8b": LlamaConfig(vocab_size=128256, **BIG),
+    "gemma-2-9b": Gemma2Config(
+        vocab_size=256000,
+        hidden_size=3584,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        head_dim=256,
+        **BIG,
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}
+SETS = {"default": "", "paper": "--positives 3 --negatives 5"}
+WAYS = ["ours", "ours --checkpointing", "full logits, padded", "TRL DPO"]
+
+
+def seconds(run, device) -> float:
+    wait(device)
+    began = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_peak(device) -> float:
+    """Operations a second of one product in bfloat16."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    times = [seconds(lambda: a @ b, device) for _ in range(20)]
+    return 2 * n**3 / statistics.median(times[5:])
+
+
+def build(name: str, bits: int, device):
+    """The model, random, in bfloat16 or with its layers' products in nf4."""
+    with device:
+        base = transformers.AutoModelForCausalLM.from_config(
+            SHAPES[name], dtype=torch.bfloat16
+        )
+    base.requires_grad_(False).eval()
+    if bits == 4:
+        for block in base.model.layers.modules():
+            for key, linear in block.named_children():
+                if type(linear) is torch.nn.Linear:
+                    setattr(block, key, quantized(linear))
+        base.is_loaded_in_4bit = True
+    return base
+
+
+def quantized(linear):
+    out = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = bnb.nn.Params4bit(linear.weight.data, quant_type="nf4", module=out)
+    out.weight = weight.to(linear.weight.device)
+    return out
+
+
+def numbers(size: int):
+    """A tokenizer whose tokens are numbers."""
+    words = {f"{i};": i for i in range(size)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="0;"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        ";", "merged_with_previous"
+    )
+    plain.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="1;", eos_token="2;", pad_token="2;"
+    )
+
+
+def settings(way: str, sets: str, given):
+    own = ["--checkpointing"] if "checkpointing" in way else []
+    sys.argv = ["03", "--run", str(given.run), "--budget", "16384"]
+    sys.argv += ["--device", given.device, *SETS[sets].split(), *own]
+    return training.options()
+
+
+def parts_of(model, optimizer, store, picks, args) -> dict:
+    """Shares of a step's time, by part."""
+    spent, device = Counter(), model.device
+
+    def watched(name, run):
+        def timed(*a, **k):
+            out = []
+            spent[name] += seconds(lambda: out.append(run(*a, **k)), device)
+            return out[0]
+
+        return timed
+
+    kept = (
+        cp_loss.linear_nll,
+        training.objective,
+        training.utility_step,
+        training.phi,
+    )
+    cp_loss.linear_nll = watched("head", kept[0])
+    training.objective = watched("objective", kept[1])
+    training.utility_step = watched("utility", kept[2])
+    training.phi = watched("forward", kept[3])
+    step = watched("all", training.gradient)
+    for chosen in picks:
+        step(model, store, chosen, args)
+        watched("optimizer", optimizer.step)()
+    cp_loss.linear_nll, training.objective, training.utility_step, training.phi = (
+        kept
+    )
+    spent["backward"] = spent.pop("all") - sum(
+        spent[k] for k in ("forward", "objective", "utility")
+    )
+    spent["trunk"] = spent.pop("forward") - spent["head"]
+    return {name: took / spent.total() for name, took in spent.items()}
+
+
+def train(way: str, base, store, picks, args, given) -> dict:
+    model = training.with_lora(base, args)
+    try:
+        return run_steps(way, model, base, store, picks, (args, given))
+    finally:
+        model.base_model.gradient_checkpointing_disable()
+        model.unload()
+
+
+def run_steps(way: str, model, base, store, picks, settled: tuple) -> dict:
+    args, given = settled
+    weights = [w for w in model.parameters() if w.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr)
+    clock = Clock(model, store, args, 0, 0)
+    ours = way.startswith("ours")
+    for chosen in picks:
+        (training.gradient if ours else official)(model, store, chosen, args)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.tick()
+    out = clock.result([sum(len(store.ids[i]) for i in c) for c in picks])
+    if ours:
+        out["parts"] = parts_of(model, optimizer, store, picks[:3], args)
+        work = sum(operations(base, store, c) for c in picks[1:])
+        out["share"] = work / out["seconds"] / given.peak
+    return out
+
+
+def operations(base, store, chosen) -> float:
+    """Of a step's products, once each: forward, and backward to what is not frozen."""
+    neutral = chosen[store.is_positive[chosen]][:6]  # utility_step's
+    size = [len(store.ids[i]) for i in chosen]
+    scored = [len(store.ids[i]) - int(store.start[i]) for i in chosen]
+    alone = 1 + sum(len(store.ids[i]) - int(store.start[i]) for i in neutral)
+    config = base.config
+    head = config.vocab_size * config.hidden_size
+    lora = trunk = 0
+    for name, module in base.model.named_modules():
+        if "lora_" in name and hasattr(module, "weight"):
+            lora += module.weight.numel()
+        elif name.endswith("base_layer"):
+            trunk += module.in_features * module.out_features
+    ours = sum(size) * (4 * trunk + 6 * lora) + sum(scored) * 4 * head
+    return ours + alone * (6 * trunk + 8 * lora + 6 * head)
+
+
+def measure(way: str, sets: str, base, store, given) -> dict:
+    args = settings(way, sets, given)
+    picks = [training.batch(store, args, s) for s in range(1, given.steps + 2)]
+    gc.collect()
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if way == "TRL DPO":
+        given.gap = given.limit = 0
+        settled = 1e-5, given, args
+        return dpo([], base, numbers(base.config.vocab_size), store, picks, settled)
+    return train(way, base, store, picks, args, given)
+
+
+def read(vocabulary: int, given):
+    """The run's anchors, each with its positives and negatives again and again, to 3 and 5."""
+    store, _ = training.read_store(settings("ours", "default", given))
+    some = []
+    for a in store.anchor.unique():
+        own = (store.anchor == a).nonzero().flatten()
+        for good, count in ((True, 3), (False, 5)):
+            of_kind = own[store.is_positive[own].bool() == good]
+            some.append(of_kind.repeat(count)[:count])
+    some = torch.cat(some)
+    store.ids = [store.ids[i] % vocabulary for i in some]
+    for name in ("anchor", "start", "is_positive", "required", "nll"):
+        setattr(store, name, getattr(store, name)[some])
+    return store
+
+
+def scoring(base, store) -> float:
+    """Stage 02's tokens a second, 64 sequences."""
+    chosen = store.ids[:64]
+
+    def run():
+        with torch.no_grad():
+            cp_loss.model_nll(base, chosen)
+
+    times = [seconds(run, base.device) for _ in range(5)]
+    return sum(map(len, chosen)) / statistics.median(times[1:])
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    p.add_argument("--run", type=Path, default=Path("runs/default"))
+    p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
+    p.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[16, 4])
+    p.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    p.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    p.add_argument("--steps", type=int, default=20, help="timed")
+    p.add_argument("--device", default=cp_loss.best_device())
+    given = p.parse_args()
+    device = torch.device(given.device)
+    given.peak = matrix_peak(device)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"{card}, torch {torch.__version__}, {given.peak / 1e12:.0f} TFLOP/s")
+    print("| shape | way | real tokens/s | of the peak | GB | s a step | parts |")
+    for name in given.shapes:
+        for bits in given.bits:
+            run_shape(name, bits, given)
+
+
+def run_shape(name: str, bits: int, given) -> None:
+    gc.collect()
+    base = build(name, bits, torch.device(given.device))
+    store = read(base.config.vocab_size, given)
+    kind = f"| {name}, {bits} bits, {memory(base.device) / 1e9:.1f} GB"
+    print(f"{kind} | stage 02 | {scoring(base, store):.0f} | | | | |", flush=True)
+    for way in given.ways:
+        for sets in given.sets:
+            if sets == "paper" and not way.startswith("ours"):
+                continue
+            began = time.perf_counter()
+            try:
+                got = measure(way, sets, base, store, given)
+            except Exception as err:  # one that doesn't fit: the others go on
+                print(
+                    f"{kind} | {way}, {sets} | {str(err).splitlines()[0]} |",
+                    flush=True,
+                )
+                continue
+            share = f"{got['share']:.0%}" if "share" in got else ""
+            parts = got.get("parts", {})
+            parts = ", ".join(f"{k} {v:.0%}" for k, v in sorted(parts.items()))
+            each = got["seconds"] / (got["steps"] - 1)
+            print(
+                f"{kind} | {way}, {sets} | {got['rate']:.0f} | {share} "
+                f"| {got['memory'] / 1e9:.1f} | {each:.3f} | {parts} |",
+                flush=True,
+            )
+            print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
