@@ -297,9 +297,10 @@ def nucleus(temperature, _, scores):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, batch, temperature, stop) -> list[str]:
-    """The beginning that all prompts share is computed once; up to stop, if there is one."""
-    ids = [encode(tokenizer, text)[0] for text in batch.text]
+def generate(model, tokenizer, temperature, stop, batch) -> list[str]:
+    """Answers to a batch of (text, most tokens), up to stop, if there is one. The beginning that
+    all texts share is computed once."""
+    ids = [encode(tokenizer, text)[0] for text, _ in batch]
     shared = ids[0][: len(os.path.commonprefix([x[:-1].tolist() for x in ids]))]
     prefix = transformers.DynamicCache(config=model.config)
     model(shared[None].to(model.device), past_key_values=prefix, logits_to_keep=1)
@@ -310,7 +311,7 @@ def generate(model, tokenizer, batch, temperature, stop) -> list[str]:
         do_sample=True,
         top_k=0,
         stop_strings=stop,
-        max_new_tokens=batch.limit.max(),
+        max_new_tokens=max(limit for _, limit in batch),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -325,13 +326,20 @@ def generate(model, tokenizer, batch, temperature, stop) -> list[str]:
     return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-def keep(folder, made_by, work):
-    """work()'s result, which is computed once: made_by is all that it depends on."""
-    path = folder / f"{hashlib.sha256(repr(made_by).encode()).hexdigest()}.json"
-    if not path.is_file():
-        path.with_suffix(".tmp").write_text(json.dumps(work()))
-        path.with_suffix(".tmp").replace(path)
-    return json.loads(path.read_text())
+def keep(args, label, made_by, items, work) -> list:
+    """Of items, 64 at a time, work(batch), which is done once: made_by and the batch are all that
+    it depends on."""
+    made = []
+    for at in tqdm(range(0, len(items), 64), label, leave=False):
+        batch = items[at : at + 64]
+        key = hashlib.sha256(repr([made_by, at, batch]).encode()).hexdigest()
+        path = args.kept / f"{key}.json"
+        if not path.is_file():
+            torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
+            path.with_suffix(".tmp").write_text(json.dumps(work(batch)))
+            path.with_suffix(".tmp").replace(path)
+        made += json.loads(path.read_text())
+    return made
 
 
 def outputs_of(system, protocol, made_by, lm, cases, args) -> pd.DataFrame:
@@ -340,12 +348,10 @@ def outputs_of(system, protocol, made_by, lm, cases, args) -> pd.DataFrame:
     stop = "\n" if protocol in PARAPHRASE else None
     rows = cases.sort_values("limit", kind="stable", ignore_index=True)
     rows = rows.loc[rows.index.repeat(k)].reset_index(drop=True)
-    rows["sample"], texts = rows.index % k, []
-    for at in tqdm(range(0, len(rows), 64), f"{system}: {protocol}", leave=False):
-        batch = rows[at : at + 64]
-        torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
-        key = [made_by, args.seed, temperature, stop, batch[["text", "limit"]].to_csv()]
-        texts += keep(args.kept, key, partial(generate, *lm, batch, temperature, stop))
+    rows["sample"], asked = rows.index % k, list(zip(rows.text, rows.limit))
+    made_by = [made_by, args.seed, temperature, stop]
+    work = partial(generate, *lm, temperature, stop)
+    texts = keep(args, f"{system}: {protocol}", made_by, asked, work)
     return rows.assign(system=system, output=[text.strip() for text in texts])
 
 
@@ -364,39 +370,36 @@ def read_outputs(name, path, cases):
 # Perplexities and tasks
 
 
-@torch.no_grad()
-def nats(folder, made_by, model, tokenizer, texts, begin=0):
+def nats(args, made_by, model, tokenizer, texts, begin=0):
     """Per token of each text alone, (S,), after its BOS, or from its second token on without one.
     made_by: what the model depends on."""
-    ids = [encode(tokenizer, text or tokenizer.eos_token)[0][begin:] for text in texts]
-    made = []
-    for at in tqdm(range(0, len(ids), 64), "nats", leave=False):
-        some = ids[at : at + 64]
-        key = [made_by, [x.tolist() for x in some]]
-        made += keep(folder, key, lambda some=some: model_nll(model, some).tolist())
-    return made
+
+    @torch.no_grad()
+    def work(batch):
+        ids = [encode(tokenizer, text or tokenizer.eos_token)[0][begin:] for text in batch]
+        return model_nll(model, ids).tolist()
+
+    return keep(args, "nats", [made_by, begin], list(texts), work)
 
 
 def measure(made_by, lm, cases, args):
     """The long frame's rows that need no output."""
     plain, frames = cases[cases.protocol.isin(["neutral", "benign"])], []
     for begin, metric in enumerate(["nll", "nll_no_bos"]):
-        value = nats(args.kept, made_by, *lm, plain.input, begin)
+        value = nats(args, made_by, *lm, plain.input, begin)
         frames.append(plain.assign(metric=metric, value=value))
-    work = partial(run_tasks, *lm, args)
-    frames.append(pd.DataFrame(keep(args.kept, [made_by, args.tasks, args.limit], work)))
-    return pd.concat(frames)
+    work = partial(run_tasks, *lm, args.limit)
+    items = keep(args, "tasks", [made_by, args.limit], args.tasks, work)
+    return pd.concat([*frames, pd.DataFrame(items)])
 
 
-def run_tasks(model, tokenizer, args):
+def run_tasks(model, tokenizer, limit, tasks):
     """Accuracy, or nats per word, of each item."""
     rows = []
-    if not args.tasks:
-        return rows
     with readable("--tasks", "give names that lm-eval knows"):
         lm = HFLM(model, tokenizer=tokenizer, batch_size=32, add_bos_token=True)
-        how = {"task_manager": TaskManager(include_path=str(TASKS)), "limit": args.limit}
-        made = lm_eval.simple_evaluate(lm, tasks=args.tasks, bootstrap_iters=0, **how)
+        how = {"task_manager": TaskManager(include_path=str(TASKS)), "limit": limit}
+        made = lm_eval.simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, **how)
     for name, items in made["samples"].items():
         for item in items:
             metric = item["metrics"][0]
@@ -453,14 +456,14 @@ def score(outputs, lm, encoder, judges, plain, weights, args) -> float:
     empty = outputs.output == ""
     for name, judge in judges.items():
         outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
-    worst = np.percentile(nats(args.kept, weights, *lm, plain), 99)
+    worst = np.percentile(nats(args, weights, *lm, plain), 99)
     worst = min(worst, np.log(len(lm[1])))  # tokens at random
-    outputs["fluency"] = nats(args.kept, weights, *lm, texts)
+    outputs["fluency"] = nats(args, weights, *lm, texts)
     outputs.loc[empty, "fluency"] = np.nan
     if args.fluency:
         with readable("--fluency", "give a causal LM"):
             larger = load_model(args.fluency, args.device)
-        outputs["other"] = nats(args.kept, args.fluency, *larger, texts)
+        outputs["other"] = nats(args, args.fluency, *larger, texts)
     reasons = [failure(row, worst) for row in outputs.to_dict("records")]
     outputs["failure"] = pd.Series(reasons, dtype=object)
     return worst

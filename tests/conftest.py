@@ -14,6 +14,8 @@ import transformers
 ROOT = Path(__file__).parent.parent
 REAL = ROOT / "assets/SmolLM2-135M-Instruct"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# on the CPU, where equal runs are equal to the bit; set it to try a GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 NAMES = ["Mara", "Ivo", "Petra", "Otis", "Lena", "Hugo"]
 STAGES = {
     "01": "01_mine_negatives",
