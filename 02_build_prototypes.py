@@ -30,46 +30,7 @@ import math
 import sys
 from pathlib import Path
 
-logging.disable(logging.WARNING)  # libraries', of what we don't use
-
-import pandas as pd
-import torch
-from pydantic import BaseModel, Field, ValidationError
-from safetensors.torch import save
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
-from cp_loss import (
-    best_device,
-    best_dtype,
-    encode,
-    fingerprint,
-    load_model,
-    model_nll,
-    sequence_nll,
-)
-
-FORMAT = "cp-prototypes-2"
 CONTEXTS = ("none", "seed", "toxic")
-NF4 = {  # as from_pretrained takes it; the paper's precision
-    "quant_method": "bitsandbytes",
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_compute_dtype": "bfloat16",
-}
-
-
-class Candidate(BaseModel, allow_inf_nan=False):
-    text: str = Field(min_length=1)
-    similarity: float = 1.0
-    overlap: float = 1.0
-
-
-class Mined(BaseModel):
-    id: str | int
-    text: str = Field(min_length=1)
-    positives: list[Candidate]
-    negatives: list[Candidate]
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -82,10 +43,10 @@ def count(text: str) -> int:
     return int(text)
 
 
-def options() -> argparse.Namespace:
+def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
-    p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run")
+    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     p.add_argument("--mined", type=Path, nargs="+", help="instead of RUN/mined*.jsonl")
     p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
@@ -106,7 +67,7 @@ def options() -> argparse.Namespace:
     )
     p.add_argument("--validation", type=float, default=0.1, help="share of mined lines held out")
     p.add_argument("--max-tokens", type=count, default=1024, help="at once; more on a GPU")
-    p.add_argument("--device", default=best_device(), help="auto: layers over all devices")
+    p.add_argument("--device", help="auto: layers over all devices")
     p.add_argument(
         "--dtype",
         choices=["bfloat16", "float32", "nf4"],
@@ -117,13 +78,56 @@ def options() -> argparse.Namespace:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
     args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
-    args.dtype = args.dtype or best_dtype(best_device() if args.device == "auto" else args.device)
     return args
 
 
 def fail(message) -> None:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    options()  # slips and --help need not wait for what follows
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
+
+import pandas as pd
+import torch
+from pydantic import BaseModel, Field, ValidationError
+from safetensors.torch import save
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from cp_loss import (
+    best_device,
+    best_dtype,
+    encode,
+    fingerprint,
+    load_model,
+    model_nll,
+    sequence_nll,
+)
+
+FORMAT = "cp-prototypes-2"
+NF4 = {  # as from_pretrained takes it; the paper's precision
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+class Candidate(BaseModel, allow_inf_nan=False):
+    text: str = Field(min_length=1)
+    similarity: float = 1.0
+    overlap: float = 1.0
+
+
+class Mined(BaseModel):
+    id: str | int
+    text: str = Field(min_length=1)
+    positives: list[Candidate]
+    negatives: list[Candidate]
 
 
 def read_mined(paths: list[Path]) -> list[dict]:
@@ -243,6 +247,8 @@ def main() -> None:
     if not anchors:
         fail(f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar")
     disable_progress_bar()
+    args.device = args.device or best_device()
+    args.dtype = args.dtype or best_dtype(args.device.replace("auto", best_device()))
     how = {"dtype": args.dtype}
     if args.dtype == "nf4":
         how = {"dtype": "bfloat16", "quantization_config": NF4}

