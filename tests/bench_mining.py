@@ -67,6 +67,7 @@ def speed(repeats: int) -> None:
     args.dtype = args.dtype or mining.best_dtype(args.device)
     model, tokenizer = mining.load_model(args.model, args.device, dtype=args.dtype)
     texts = [seed["text"] for seed in mining.read_seeds(args)]
+    args.prompts = mining.PROMPTS
     prompts = mining.make_prompts("negative", texts, 0, args)
     limit = int(1.6 * max(map(len, texts)) / 3) + 8
     generator = mining.LocalGenerator(model, tokenizer, args)

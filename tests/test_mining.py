@@ -198,7 +198,40 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
         "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
     )
     prompt += "sure each sentence is toxic: A seed. ### RESPONSE:"
+    args.prompts = mining.PAPER_PROMPTS
     assert mining.make_prompts("negative", ["A seed."], 0, args) == [prompt]
+
+
+def test_examples_of_another_attribute(
+    stage, mining, tiny, tmp_path, capsys, monkeypatch
+):
+    asked, path = [], tmp_path / "formal.json"
+    monkeypatch.setattr(
+        mining.LocalGenerator,
+        "__call__",
+        lambda _, prompts, *__: asked.extend(prompts) or [],
+    )
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
+    how = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, "--examples", path]
+    end = "Formal: {}\nInformal:"
+    texts = {"positive": "Formal: So.\nAgain: {yes}\n\n" + end, "negative": end}
+    path.write_text(json.dumps(texts))
+    assert stage("01", *how, "--rounds", 1, "--insert", 0) == 0
+    end = end.replace("{}", SEEDS[0]["text"])
+    assert asked == ["Formal: So.\nAgain: {yes}\n\n" + end, end]
+    record = json.loads((tmp_path / "mining.json").read_text())
+    assert record["options"]["prompts"] == texts
+    for bad in ("Formal:", "{}\n\nFormal:", ""):
+        path.write_text(json.dumps(texts | {"negative": bad}))
+        refused(capsys, stage("01", *how), "formal.json", "negative")
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    script, path = ROOT / "01_mine_negatives.py", tmp_path / "formal.json"
+    task = [sys.executable, script, "--run", tmp_path, "--examples", path]
+    done = subprocess.run(task, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and "formal.json" in done.stderr
 
 
 # Judges
@@ -253,6 +286,7 @@ def test_local_generation_is_the_models_own(mining, options):
     args = options("--dtype", "float32")
     model, tokenizer = mining.load_model(args.model, "cpu", dtype="float32")
     texts = [seed["text"] for seed in SEEDS[:4]] + ["It rained."]
+    args.prompts = mining.PROMPTS
     prompts = mining.make_prompts("negative", texts, 0, args)
     inputs = tokenizer(
         prompts, return_tensors="pt", padding=True, padding_side="left"
