@@ -129,7 +129,6 @@ from profanity_check.profanity_check import vectorizer
 from pydantic import BaseModel, Field, ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from sentence_transformers import SentenceTransformer
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, DynamicCache
@@ -243,7 +242,7 @@ def parse(text, where, form=Seed):
         fail(f"{where}: {why}: mend or delete it; --help says what belongs there")
 
 
-def read_source(spec: str):
+def read_source(spec):
     """Every seed of one source, as it stands."""
     path = Path(spec)
     toxigen = re.fullmatch(r"(?:neutral|hate)_(\w+?)(?:_1k)?", path.stem)
@@ -264,7 +263,7 @@ def read_source(spec: str):
         # ToxiGen's prompts are lists of sentences in one line, - a\n- b\n-
         for k, text in enumerate(line.split("\\n")):
             seed = {"id": f"{path.stem}:{n}.{k}", "group": toxigen and toxigen[1]}
-            yield seed | {"text": text.strip("- \n")}
+            yield seed | {"text": text.strip("- \n").strip()}
 
 
 def read_seeds(args):
@@ -294,7 +293,7 @@ def count_done(path, seeds):
                 break
             where = f"{path}:{done + 1}"
             row = parse(line, where)
-            if done == len(seeds) or row["id"] != seeds[done]["id"]:
+            if done == len(seeds) or row != seeds[done]:
                 fail(f"{where}: mined from other seeds: name another --run or remove it")
             done, size = done + 1, size + len(line)
     return done
@@ -311,7 +310,7 @@ def make_prompts(kind, texts, turn, args):
     return ["\n\n".join([*examples[:8], end.replace("{}", text)]) for text in texts]
 
 
-def first_line(text: str) -> str:
+def first_line(text):
     return text.strip().partition("\n")[0].strip(' "')
 
 
@@ -338,7 +337,6 @@ class LocalGenerator:
 
     def __init__(self, model, tokenizer, args):
         self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.usual_attention = model.config._attn_implementation
         AttentionInterface.register("shared_prefix", self.attend)
         AttentionMaskInterface.register("shared_prefix", eager_mask)
         vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
@@ -362,7 +360,7 @@ class LocalGenerator:
         out += torch.einsum("bghqt,bgtd->bqghd", p_own, value)
         return out.flatten(2, 3), None  # (B, Q, H, D)
 
-    def forward(self, ids: Tensor, cache: DynamicCache) -> Tensor:
+    def forward(self, ids, cache):
         """Logits (B, V) after the prefix and ids (B, T), -1 is padding; the cache grows to T."""
         cached, valid = cache.get_seq_length(), ids >= 0
         position = self.prefix.get_seq_length() + valid.cumsum(1) - 1
@@ -400,16 +398,22 @@ class LocalGenerator:
     def __call__(self, prompts, limit, count, temperature):
         ids = self.tokenizer(prompts).input_ids
         prefix = os.path.commonprefix([x[:-1] for x in ids])
-        shared = torch.tensor([prefix], device=self.model.device)
+        usual = self.model.config._attn_implementation
+        most = max(map(len, ids)) + limit
+        window = getattr(self.model.config, "sliding_window", None) or most
+        if window < most or not self.model._can_set_attn_implementation():
+            prefix = []  # such attention knows no prefix
         self.prefix = DynamicCache()
-        self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
+        if prefix:
+            shared = torch.tensor([prefix], device=self.model.device)
+            self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
+            self.model.set_attn_implementation("shared_prefix")
         ends = [torch.tensor(x[len(prefix) :]) for x in ids]
         size, lines = max(self.args.batch_size // count, 1), []
-        self.model.set_attn_implementation("shared_prefix")
         for first in range(0, len(ends), size):
             made = self.sample(ends[first : first + size], limit, count, temperature)
             lines += [(first + which, text) for which, text in made]
-        self.model.set_attn_implementation(self.usual_attention)
+        self.model.set_attn_implementation(usual)
         return lines
 
 
@@ -440,7 +444,7 @@ def server_generator(args):
 # Scores and the rule
 
 
-def load_judge(name: str, device: str):
+def load_judge(name, device):
     """texts -> toxicity in [0, 1]. A classifier's toxic label is the one named, or the only one
     called so exactly."""
     if name == "profanity-check":
@@ -454,8 +458,7 @@ def load_judge(name: str, device: str):
     labels = list(classify.model.config.id2label.values())
     toxic = [x for x in labels if (x == wanted if wanted else x.lower() in TOXIC_LABELS)]
     if len(toxic) != 1:
-        known = ", ".join(labels)
-        fail(f"--judge {name}: which of its labels means toxic? Give {path}#LABEL, one of {known}")
+        fail(f"--judge {name}: which means toxic? Give {path}#LABEL, one of {', '.join(labels)}")
 
     def judge(texts):
         return [x["score"] for some in classify(texts) for x in some if x["label"] in toxic]
@@ -463,7 +466,7 @@ def load_judge(name: str, device: str):
     return judge
 
 
-def overlap(a: str, b: str) -> float:
+def overlap(a, b):
     return ROUGE.score(a, b)["rougeL"].fmeasure
 
 
@@ -531,7 +534,7 @@ def pick(candidates, limit, args):
     return kept
 
 
-def select(line: dict, args):
+def select(line, args):
     """The mining rule: parts a line's candidates into positives, negatives and rejected."""
     candidates = line["positives"] + line["negatives"] + line["rejected"]
     pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in ENOUGH}

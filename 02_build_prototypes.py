@@ -16,7 +16,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
         (A,) 0/1/2; metadata: format, model,
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
-        phi, prompt, contexts
+        phi, prompt, contexts, tensors (their checksum)
 
     python 02_build_prototypes.py                   # 2 minutes on 2 CPU cores
     python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
@@ -37,7 +37,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     pass
 
 
-def count(text: str) -> int:
+def count(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -81,7 +81,7 @@ def options():
     return args
 
 
-def fail(message) -> None:
+def fail(message):
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -208,7 +208,7 @@ def hold_out(seed: torch.Tensor, share: float) -> torch.Tensor:
     return torch.isin(seed, lines[order[: math.ceil(len(lines) * share)]])
 
 
-def sha256(*parts: bytes) -> str:
+def sha256(*parts):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -240,7 +240,7 @@ def write(store: dict, metadata: dict[str, str], path: Path) -> None:
     aside.replace(path)
 
 
-def main() -> None:
+def main():
     args = options()
     lines = read_mined(args.mined)
     anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
@@ -277,7 +277,7 @@ def main() -> None:
         "context": torch.tensor([CONTEXTS.index(k) for k in kinds]),
     }
     metadata = describe(model, tokenizer, args) | {"load": json.dumps(how)}
-    write(store, metadata, args.out)
+    write(store, metadata | {"tensors": fingerprint(store.items())}, args.out)
     columns = {"context": [kinds[a] for a in anchor], "positive": good, "phi": nll}
     table = pd.DataFrame(columns).groupby(["context", "positive"]).phi
     print(table.describe(percentiles=[0.05, 0.5, 0.95]).round(2).to_string())

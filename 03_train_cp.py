@@ -165,9 +165,8 @@ def read_store(args):
             meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except (OSError, SafetensorError) as err:
         fail(f"{path}: not a safetensors file ({err}): run 02_build_prototypes.py first")
-    if meta.get("format") != FORMAT:
-        fail(f"{path}: format {meta.get('format')}, not {FORMAT}: run 02_build_prototypes.py again")
-    meta["tensors"] = fingerprint(tensors.items())
+    if [meta.get("format"), meta.get("tensors")] != [FORMAT, fingerprint(tensors.items())]:
+        fail(f"{path}: damaged, or its format not {FORMAT}: run 02_build_prototypes.py again")
     store = argparse.Namespace(**tensors)
     store.ids = store.input_ids.split(store.offsets.diff().tolist())
     wanted = torch.isin(store.context, torch.tensor([CONTEXTS.index(c) for c in args.context]))

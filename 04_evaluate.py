@@ -114,7 +114,7 @@ import transformers
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from matplotlib.figure import Figure
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from profanity_check import predict_prob
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
@@ -195,7 +195,7 @@ def sha(path):
 # Texts and cases
 
 
-def read_lines(path, kind) -> list[dict]:
+def read_lines(path, kind):
     """Lines as a pydantic model declares them."""
     rows = []
     try:
@@ -207,7 +207,7 @@ def read_lines(path, kind) -> list[dict]:
     return rows
 
 
-def read_cases(tokenizer, template, args) -> pd.DataFrame:
+def read_cases(tokenizer, template, args):
     """protocol, prompt (its number), input, group, name, and text and limit: what a system gets
     and how many tokens it may answer, 1.6 times its input's for a paraphrase."""
     prompts = dict.fromkeys(["continue", "toxigen", "neutral"], "{}")
@@ -219,7 +219,7 @@ def read_cases(tokenizer, template, args) -> pd.DataFrame:
     cases = pd.concat(frames, ignore_index=True).rename(columns={"text": "input"})
     if not {"rewrite"} <= set(cases.protocol) <= prompts.keys():
         fail(f"--texts: needs rewrite.jsonl; a file's name is its protocol, one of {[*prompts]}")
-    cases["text"] = [prompts[p].format(text) for p, text in zip(cases.protocol, cases.input)]
+    cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
     tokens = tokenizer(cases.input.tolist()).input_ids
     cases["limit"] = [int(1.6 * len(ids)) + 4 for ids in tokens]
     cases.loc[~cases.protocol.isin(PARAPHRASE), "limit"] = 20
@@ -303,7 +303,7 @@ def nucleus(temperature, _, scores):
 
 
 @torch.no_grad()
-def generate(model, tokenizer, temperature, stop, batch) -> list[str]:
+def generate(model, tokenizer, temperature, stop, batch):
     """Answers to a batch of (text, most tokens), up to stop, if there is one. The beginning that
     all texts share is computed once."""
     ids = [encode(tokenizer, text)[0] for text, _ in batch]
@@ -313,7 +313,7 @@ def generate(model, tokenizer, temperature, stop, batch) -> list[str]:
     prefix.batch_repeat_interleave(len(ids))
     ends = pad_sequence([x[len(shared) :] for x in ids], True, -1, "left")
     ids = torch.cat([shared.expand(len(ids), -1), ends], 1).to(model.device)  # (B, L)
-    how = transformers.GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(  # not the model's own
         do_sample=True,
         top_k=0,
         stop_strings=stop,
@@ -327,12 +327,11 @@ def generate(model, tokenizer, temperature, stop, batch) -> list[str]:
         past_key_values=prefix,
         logits_processor=[partial(nucleus, temperature)],
         tokenizer=tokenizer,
-        generation_config=how,
     )
     return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
 
 
-def keep(args, label, made_by, items, work) -> list:
+def keep(args, label, made_by, items, work):
     """Of items, 64 at a time, work(batch), which is done once: made_by and the batch are all that
     it depends on."""
     made = []
@@ -348,7 +347,7 @@ def keep(args, label, made_by, items, work) -> list:
     return made
 
 
-def outputs_of(system, protocol, made_by, lm, cases, args) -> pd.DataFrame:
+def outputs_of(system, protocol, made_by, lm, cases, args):
     """Of each case of a protocol k outputs."""
     k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
     stop = "\n" if protocol in PARAPHRASE else None
@@ -396,7 +395,8 @@ def measure(made_by, lm, cases, args):
         frames.append(plain.assign(metric=metric, value=value))
     work = partial(run_tasks, *lm, args.limit)
     items = keep(args, "tasks", [made_by, args.limit], args.tasks, work)
-    return pd.concat([*frames, pd.DataFrame(items)])
+    items = pd.DataFrame(items, columns=["protocol", "prompt", "metric", "value"])
+    return pd.concat([*frames, items])
 
 
 def run_tasks(model, tokenizer, limit, tasks):
@@ -412,8 +412,7 @@ def run_tasks(model, tokenizer, limit, tasks):
             value = item[metric]
             if metric == "word_perplexity":
                 metric, value = "nll_word", -value[0] / value[1]
-            row = {"protocol": name, "prompt": item["doc_id"], "metric": metric}
-            rows.append(row | {"value": float(value)})
+            rows.append([name, item["doc_id"], metric, float(value)])
     return rows
 
 
@@ -451,7 +450,7 @@ def failure(row, worst):
     return next(compress(reasons, reasons.values()), None)
 
 
-def score(outputs, lm, encoder, judges, plain, weights, args) -> float:
+def score(outputs, lm, encoder, judges, plain, weights, args):
     """Adds similarity, clean (to leave an insult out is to move away from the input), toxicity by
     each judge, nats per token under the base and --fluency, and why an output failed. Returns the
     bound for garbled: nats that 99% of plain, the project's own sentences, stay under."""
@@ -462,8 +461,8 @@ def score(outputs, lm, encoder, judges, plain, weights, args) -> float:
     empty = outputs.output == ""
     for name, judge in judges.items():
         outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
-    worst = np.percentile(nats(args, weights, *lm, plain), 99)
-    worst = min(worst, np.log(len(lm[1])))  # tokens at random
+    # 99%, and tokens at random
+    worst = min(np.percentile(nats(args, weights, *lm, plain), 99), np.log(len(lm[1])))
     outputs["fluency"] = nats(args, weights, *lm, texts)
     outputs.loc[empty, "fluency"] = np.nan
     if args.fluency:
@@ -483,7 +482,7 @@ def distinct(texts, n):
     return len(set(grams)) / max(len(grams), 1)
 
 
-def long_frame(outputs: pd.DataFrame, threshold: float) -> pd.DataFrame:
+def long_frame(outputs, threshold):
     """A row a prompt and metric: a mean over the prompt's outputs, but for max and any."""
     d = outputs.filter([*UNIT, "similarity", "clean", "fluency", "other"])
     d.loc[~d.protocol.isin(PARAPHRASE), ["similarity", "clean"]] = np.nan
@@ -509,7 +508,7 @@ def long_frame(outputs: pd.DataFrame, threshold: float) -> pd.DataFrame:
 # Statistics and report
 
 
-def summarise(long: pd.DataFrame) -> pd.DataFrame:
+def summarise(long):
     """A row of each (protocol, metric, system): the mean over units, each a mean over a recipe's
     training seeds; 95% interval, standard error, n, the seeds' spread; change: to the base, paired.
     Where no unit differs, a rate is bounded by 3/n; one unit has no interval."""
@@ -543,7 +542,7 @@ def cell(f):
     return text
 
 
-def table(f) -> pd.DataFrame:
+def table(f):
     cells = f.apply(cell, axis=1).unstack("system").fillna("")
     cells["n"] = f.n.groupby(level=[0, 1]).max()
     return cells.set_axis(cells.index.map("/".join))
@@ -641,6 +640,9 @@ def load(args):
                 model.load_adapter(folder, str(i))
             else:
                 model = PeftModel.from_pretrained(model, folder, str(i))
+            filled = get_peft_model_state_dict(model, adapter_name=str(i)).keys()
+            if filled != load_file(files[1]).keys() or not all("lora_" in x for x in filled):
+                raise ValueError("its tensors are not those of LoRA on this base")
     print(f"device {args.device}, dtype {model.dtype}")
     return (model, tokenizer), meta, systems
 
@@ -673,7 +675,7 @@ def run_systems(systems, lm, template, cases, args):
     return pd.concat(outputs, ignore_index=True), pd.concat(measures)
 
 
-def main() -> None:
+def main():
     args = options()
     args.device = args.device or best_device()
     transformers.logging.disable_progress_bar()

@@ -214,8 +214,9 @@ def cp_loss(
 
 @torch.no_grad()
 def _statistics(cp, phi_pos, phi_neg, c):
-    means = {"cp": cp, "phi_pos": phi_pos, "phi_neg": phi_neg, "gap": phi_neg - phi_pos}
-    return {name: x.mean() for name, x in (means | {"prototype": c}).items()}
+    means = {"cp": cp, "phi_pos": phi_pos, "phi_neg": phi_neg, "prototype": c}
+    means["gap"] = phi_neg - phi_pos
+    return {name: x.mean() for name, x in means.items()}
 
 
 # Hugging Face glue: what phi is of a model, for all stages alike.
@@ -232,7 +233,7 @@ def encode(tokenizer, text: str, context: str = "") -> tuple[Tensor, int]:
     return torch.tensor([first, *made.input_ids]), start
 
 
-def plan(lengths: list[int], max_tokens: int) -> list:
+def plan(lengths: list[int], max_tokens: int):
     """Batches of rows of sequences (their numbers): rows of whole sequences, first fit, the longest
     first; batches of up to max_tokens with their rows' ends. A longer sequence has its own."""
     width = max([min(ROW, max_tokens), *lengths])
@@ -302,7 +303,7 @@ def model_nll(
 
 
 @torch.no_grad()
-def check_model(model) -> None:
+def check_model(model):
     """Raises ValueError unless packed `model_nll` equals the model's own loss, row by row."""
     if any(w.is_meta for w in model.parameters()):
         raise ValueError("does not fit on the devices at hand")
@@ -320,34 +321,38 @@ def check_model(model) -> None:
         )
 
 
-def load_model(name: str, device: str, **how):
+def load_model(name, device, **how):
     """A causal LM, checked, and its tokenizer; `how` is from_pretrained's. Raises ValueError in a
     line that says why it can't be used. The one place that needs transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(name, device_map=device, **how).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, device_map=device, output_loading_info=True, **how
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"lacks weights, {min(info['missing_keys'])} first")
         for module in model.modules():
             # bitsandbytes' repacking for CPUs cuts gradients, silently
             module.support_avx512bf16_for_cpu = False
         check_model(model)
-    except (OSError, ValueError, ImportError) as err:
+    except (OSError, ValueError, ImportError, RuntimeError) as err:
         raise ValueError(f"{name}: {str(err).splitlines()[0]}") from err
     return model, tokenizer
 
 
-def fingerprint(tensors) -> str:
+def fingerprint(tensors):
     """Of (name, tensor) pairs, such as a model's named_parameters(), on whatever device."""
-    hashes = [(name, torch.hash_tensor(x).item()) for name, x in sorted(tensors)]
+    hashes = [(name, x.shape, torch.hash_tensor(x).item()) for name, x in sorted(tensors)]
     return hashlib.sha256(repr(hashes).encode()).hexdigest()
 
 
-def best_device() -> str:
+def best_device():
     return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
-def best_dtype(device: str) -> str:
+def best_dtype(device):
     """bfloat16 where a product is faster in it, else float32. Timed, since flags deceive: CPUs and
     older GPUs without it emulate it, ten times slower."""
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +22,7 @@ from cp_loss import (
     cp_loss,
     encode,
     linear_nll,
+    load_model,
     model_nll,
     plan,
     sequence_nll,
@@ -622,6 +624,15 @@ def test_encode_takes_context_and_text_as_one_string(prepend):
     assert ids.tolist() == [1, *whole] and start == 2
     fast.bos_token = "<s>"
     assert encode(fast, "a")[0][0] == 0 and encode(fast, "a")[1] == 1
+
+
+def test_a_model_that_lacks_weights_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    file = tmp_path / "model/model.safetensors"
+    rest = {k: x for k, x in load_file(file).items() if "layers.1.mlp" not in k}
+    save_file(rest, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights, model.layers.1.mlp.down"):
+        load_model(str(tmp_path / "model"), "cpu")
 
 
 def test_the_faster_dtype_is_taken(monkeypatch):

@@ -138,6 +138,30 @@ def test_a_report_has_every_protocol_and_file(report):
         assert any(path.endswith(name) for path in record["sha256"])
 
 
+@pytest.mark.parametrize("fault", ["renamed", "half", "more", "other"])
+def test_an_adapter_that_does_not_fill_the_base_is_refused(
+    stage, trained, tmp_path, capsys, fault
+):
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    names = sorted(tensors)
+    if fault == "renamed":
+        tensors = {
+            name.replace("layers", "blocks"): x for name, x in tensors.items()
+        }
+    if fault == "half":
+        tensors = {name: tensors[name] for name in names[::2]}
+    if fault == "more":
+        tensors["base_model.model.more.lora_A.weight"] = torch.ones(2)
+    if fault == "other":
+        tensors["base_model.model.model.norm.weight"] = torch.ones(32)
+    save_file(tensors, file)
+    given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
+    status = stage("04", "--run", trained, *given)
+    refused(capsys, status, "its tensors are not those of LoRA")
+
+
 def test_what_is_kept_is_not_computed_again(
     stage, module, report, command, classifier, tmp_path, monkeypatch
 ):
@@ -369,6 +393,22 @@ def test_nats_of_texts(module, tiny, tmp_path):
     assert module.nats(args, "x", *lm, [""])[0] > 0
 
 
+def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
+    """A folder's generation_config.json would change the protocols."""
+    shutil.copytree(tiny, tmp_path / "set")
+    ask = [(f"Say: {x}", 6) for x in ("The lake", "Sing")]
+    made = []
+    for folder in (tiny, tmp_path / "set"):
+        (tmp_path / "set/generation_config.json").write_text(
+            '{"repetition_penalty": 5.0, "min_new_tokens": 6, "typical_p": 0.1}'
+        )
+        model, tokenizer = load_model(str(folder), "cpu")
+        tokenizer.pad_token = tokenizer.eos_token
+        torch.manual_seed(0)
+        made.append(module.generate(model, tokenizer, 1.0, None, ask))
+    assert made[0] == made[1]
+
+
 def test_generation_shares_prompts_and_changes_nothing(module, tiny):
     """Nearly greedy: k samples of a prompt computed once, in left-padded batches, equal each
     prompt's own greedy output."""
@@ -435,7 +475,9 @@ def test_tasks(module, tiny, monkeypatch):
         assert max(x["gold"] for x in items) == choices - 1
     model, tokenizer = load_model(str(tiny), "cpu")
     tasks = ["boolq", "wiki"]
-    rows = pd.DataFrame(module.run_tasks(model, tokenizer, 3, tasks))
+    names = ["protocol", "prompt", "metric", "value"]
+    rows = module.run_tasks(model, tokenizer, 3, tasks)
+    rows = pd.DataFrame(rows, columns=names)
     boolq, wiki = (rows[rows.protocol == name] for name in tasks)
     assert boolq.prompt.tolist() == wiki.prompt.tolist() == [0, 1, 2]
     assert set(boolq.value) <= {0, 1} and set(boolq.metric) == {"acc"}

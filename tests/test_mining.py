@@ -16,6 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -267,7 +268,7 @@ def test_judges_by_label(mining, tmp_path, capsys, labels, name, toxic):
     if toxic is None:
         with pytest.raises(SystemExit) as stop:
             mining.load_judge(f"{tmp_path}{name}", "cpu")
-        refused(capsys, stop.value.code, "which of its labels", *labels)
+        refused(capsys, stop.value.code, "which means toxic", *labels)
         return
     texts = ["a sentence", "one that is longer"]
     for text, got in zip(
@@ -312,6 +313,40 @@ def test_local_generation_is_the_models_own(mining, options):
     sampled = 2 * 14 * len(prompts)
     prompted = 2 * inputs.attention_mask.sum()
     assert 3 < len(wanted) < 10 and sum(computed) < prompted / 5 + sampled
+
+
+FEW = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | FEW
+UNUSUAL = {
+    "ignores": transformers.FalconConfig(**SMALL, initializer_range=0.2),
+    "window": transformers.MistralConfig(
+        **SMALL,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        sliding_window=16,
+        initializer_range=0.2,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_attention_sees_the_examples(mining, options, kind):
+    """Attention that ignores what is registered, or has a window shorter than the prompt: without
+    a shared prefix the first step's logits are the model's own."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(UNUSUAL[kind]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(REAL, padding_side="left")
+    args, seen = options(), []
+    generate = mining.LocalGenerator(model, tokenizer, args)
+    forward = generate.forward
+    generate.forward = lambda *how: seen.append(forward(*how)) or seen[-1]
+    args.prompts = mining.PROMPTS
+    prompts = mining.make_prompts("negative", ["It rained.", "So it did."], 0, args)
+    generate(prompts, 1, 1, 1.0)
+    for logits, prompt in zip(seen[0], prompts):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        want = model(ids).logits[0, -1]
+        assert torch.allclose(logits, want, atol=1e-5), (logits - want).abs().max()
 
 
 def test_toxic_words_are_inserted(mining):

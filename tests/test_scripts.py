@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
-from cp_loss import model_nll
+from cp_loss import fingerprint, model_nll
 
 SEEDS = [
     {"id": f"s{i}", "group": None, "text": mined_line(i)["text"]} for i in range(4)
@@ -230,10 +230,17 @@ def test_training_refuses(stage, trained, tmp_path, capsys):
     path = tmp_path / "prototypes.safetensors"
     store, meta = load_file(trained / path.name), metadata(trained / path.name)
     save_file(store, path, meta | {"format": "cp-prototypes-0"})
-    refused(capsys, stage("03", "--run", tmp_path), "cp-prototypes-0", "run 02")
+    refused(capsys, stage("03", "--run", tmp_path), "cp-prototypes-2", "run 02")
     save_file(store, path, meta | {"model_sha256": "0"})
     refused(capsys, stage("03", "--run", tmp_path), "other weights")
-    save_file(store | {"held_out": torch.zeros(60, dtype=torch.bool)}, path, meta)
+    for name, x in store.items():
+        spoilt = x.clone()
+        spoilt[0] = ~x[0] if x.dtype == torch.bool else x[0] + 1
+        for other in (x[:-1], spoilt):
+            save_file(store | {name: other}, path, meta)
+            refused(capsys, stage("03", "--run", tmp_path), "damaged", "run 02")
+    store["held_out"] = torch.zeros(60, dtype=torch.bool)
+    save_file(store, path, meta | {"tensors": fingerprint(store.items())})
     refused(capsys, stage("03", "--run", tmp_path), "0 to validate")
     path.write_bytes(b"torn")
     refused(capsys, stage("03", "--run", tmp_path), "not a safetensors file")

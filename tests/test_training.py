@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
-from cp_loss import model_nll
+from cp_loss import fingerprint, model_nll
 
 # conftest's `trained`
 TRAINED = ["--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2]
@@ -441,8 +441,9 @@ def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
     store = load_file(run / "prototypes.safetensors")
     with safe_open(run / "prototypes.safetensors", "pt") as f:
         meta = f.metadata()
-    changed = store | {"start": store["start"].clamp(max=3)}
-    save_file(changed, run / "prototypes.safetensors", meta)
+    store["start"] = store["start"].clamp(max=3)
+    meta["tensors"] = fingerprint(store.items())
+    save_file(store, run / "prototypes.safetensors", meta)
     refused(
         capsys, stage("03", "--run", run, *TRAINED), "other prototypes", "remove it"
     )
