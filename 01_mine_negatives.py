@@ -420,16 +420,16 @@ class LocalGenerator:
 def server_generator(args):
     """Samples from an OpenAI-compatible server, with the client's own retries and backoff."""
     address, _, name = args.generator.partition("#")
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(api_key=key, base_url=address)
+    client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=address)
     name = name or client.models.list().data[0].id
 
     def complete(number, prompt, limit, temperature):
-        how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"]}
+        how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
         for _ in range(5):  # of answers that can't be read; all else the client tries again
             with suppress(AttributeError, IndexError, TypeError, ValueError):
-                answer = client.completions.create(model=name, prompt=prompt, **how)
-                return number, first_line(answer.choices[0].text)
+                answer = client.completions.create(prompt=prompt, **how).choices[0]
+                cut = answer.finish_reason == "length"
+                return number, "" if cut else first_line(answer.text)
         raise openai.OpenAIError
 
     def generate(prompts, limit, count, temperature):

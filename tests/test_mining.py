@@ -531,6 +531,9 @@ class BadServer(BaseHTTPRequestHandler):
         choice = {"index": 0, "text": text, "finish_reason": "stop"}
         about = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
         good = json.dumps(about | {"choices": [choice]}).encode()
+        cut = json.dumps(
+            about | {"choices": [choice | {"finish_reason": "length"}]}
+        )
         if way == "hang":
             time.sleep(1)
         elif way == "half":
@@ -538,6 +541,7 @@ class BadServer(BaseHTTPRequestHandler):
         else:
             answers = {
                 "ok": (good,),
+                "cut": (cut.encode(),),
                 "500": (b'{"error": {"message": "bad key sk-secret"}}', 500),
                 "text": (b"<html>busy</html>", 200, "text/html"),
                 "torn": (good[:40],),
@@ -558,13 +562,13 @@ def bad_server(monkeypatch):
 
 
 def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_path):
-    BadServer.plan = iter(BAD_PLAN)
+    BadServer.plan = iter([*BAD_PLAN, "cut"])  # what was cut is no line
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:2])
     command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
     command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
     assert stage(*command) == 0
     made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
-    assert len(made) == len(set(made)) == BadServer.answered == 8
+    assert len(made) == len(set(made)) == BadServer.answered == 7
 
 
 @pytest.mark.parametrize("way", ["500", "text", "none", "torn"])
@@ -623,6 +627,7 @@ def test_transformers_serve(stage, tmp_path, server, preset):
     command += [*preset, "--generator", f"{server}#{REAL}", "--concurrency", 2]
     assert stage(*command) == 0
     made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
-    assert len(made) >= 6 and all(
-        len(text) > 3 and "\n" not in text for text in made
-    )
+    assert len(made) >= (
+        2 if preset else 6
+    )  # few lines end after the paper's prompts
+    assert all(len(text) > 3 and "\n" not in text for text in made)
