@@ -196,8 +196,7 @@ def batch(store, args, step) -> Tensor:
     """A step's sequences: anchors in random order, round after round, a draw of each one's sets."""
     order = torch.randperm(len(store.train), generator=generator(args.seed))
     at = torch.arange((step - 1) * args.anchors, step * args.anchors) % len(order)
-    anchors = store.train[order[at]].unique()
-    return draw(store, anchors, args, generator(args.seed * 100_003 + step))
+    return draw(store, store.train[order[at]].unique(), args, generator(args.seed * 100_003 + step))
 
 
 # Objective and gradient
@@ -406,7 +405,7 @@ def resume(folder, args, record):
 
 def set_up(meta, folder, args):
     """Model with LoRA, tokenizer, optimizer and state, as last saved."""
-    process = PartialState(cpu=args.device == "cpu")
+    process = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     args.device = args.device or str(process.device)
     if process.num_processes > args.anchors:
         fail(f"{process.num_processes} processes need as many --anchors")
@@ -425,8 +424,8 @@ def set_up(meta, folder, args):
         optimizer.load_state_dict(state["optimizer"])
     if process.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-        record |= {"device": args.device, "versions": versions}
+        record["device"] = args.device
+        record["versions"] = f"torch {torch.__version__}, transformers {transformers.__version__}"
         write(folder / "run.json", lambda x: x.write_text(json.dumps(record, indent=1)))
         print(f"{base.dtype} on {args.device}, from step {state['step']} of {args.steps}")
     return model, tokenizer, optimizer, state
@@ -460,8 +459,7 @@ def main():
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stopped.append(True))
 
-    steps = range(state["step"] + 1, args.steps + 1)
-    bar = tqdm(steps, "training", disable=not first)
+    bar = tqdm(range(state["step"] + 1, args.steps + 1), "training", disable=not first)
     for step in bar:
         row = train_step(model, optimizer, store, args, step)
         state["rows"].append(row)

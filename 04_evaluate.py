@@ -633,14 +633,15 @@ def load(args):
         with readable(folder, "run 03_train_cp.py first"):
             files = [Path(folder, f"adapter_{x}") for x in ("config.json", "model.safetensors")]
             record = Path(f"{folder}.training/run.json")
-            systems.append((name, i, [weights, *map(sha, files)], [str(i)]))
+            own = f"adapter{i}"  # a number alone would be taken for a layer's
+            systems.append((name, i, [weights, *map(sha, files)], [own]))
             if record.is_file() and weights not in record.read_text():
                 raise ValueError(f"made with other weights: {SAME_RUN}")
             if i:
-                model.load_adapter(folder, str(i))
+                model.load_adapter(folder, own)
             else:
-                model = PeftModel.from_pretrained(model, folder, str(i))
-            filled = get_peft_model_state_dict(model, adapter_name=str(i)).keys()
+                model = PeftModel.from_pretrained(model, folder, own)
+            filled = get_peft_model_state_dict(model, adapter_name=own).keys()
             if filled != load_file(files[1]).keys() or not all("lora_" in x for x in filled):
                 raise ValueError("its tensors are not those of LoRA on this base")
     print(f"device {args.device}, dtype {model.dtype}")

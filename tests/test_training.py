@@ -342,6 +342,7 @@ def test_two_processes_follow_one(stage, fresh, tmp_path):
         two = [*torchrun, "--master-port", port, "--", *task]
         done = subprocess.run(two, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("from step") == 1  # a process of each would say so
         assert close(one, load_file(out / "adapter_model.safetensors"), 1e-4)
         for a, b in zip(
             rows, lines(tmp_path / f"{port}.training/metrics.jsonl"), strict=True
