@@ -713,3 +713,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as err:
+        fail(f"{err}: outputs are kept, the same command continues")

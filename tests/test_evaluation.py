@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -187,6 +189,16 @@ def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
     again, once = (x / "generations.jsonl" for x in (tmp_path, report))
     assert again.read_bytes() == once.read_bytes()
     assert figures(tmp_path) == figures(report)
+
+
+def test_a_folder_that_cannot_be_written(trained, tmp_path):
+    (tmp_path / "file").touch()
+    task = [sys.executable, ROOT / "04_evaluate.py", "--run", trained]
+    task += ["--out", tmp_path / "file/report", "--tasks", "--limit", "2"]
+    done = subprocess.run(task, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    assert len(errors) == 1 and "file/report" in errors[0]
 
 
 def test_seeds_of_a_recipe_and_other_systems(
