@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import bitsandbytes as bnb
 import tokenizers
@@ -29,7 +30,7 @@ import transformers
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
 import cp_loss
-from bench_training import Clock, dpo, memory, official, training
+from bench_training import Clock, dpo, memory, official, train, training, wait
 
 BIG = {"num_key_value_heads": 8, "intermediate_size": 14336}
 SHAPES = {
@@ -62,11 +63,6 @@ def seconds(run, device) -> float:
     run()
     wait(device)
     return time.perf_counter() - began
-
-
-def wait(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def matrix_peak(device) -> float:
@@ -139,57 +135,41 @@ def parts_of(model, optimizer, store, picks, args) -> dict:
 
         return timed
 
-    kept = (
-        cp_loss.linear_nll,
-        training.objective,
-        training.utility_step,
-        training.phi,
-    )
-    cp_loss.linear_nll = watched("head", kept[0])
-    training.objective = watched("objective", kept[1])
-    training.utility_step = watched("utility", kept[2])
-    training.phi = watched("forward", kept[3])
+    ours = {name: getattr(training, name) for name in ("objective", "utility_step")}
+    ours = {name: watched(name, run) for name, run in ours.items()}
+    ours["phi"] = watched("forward", training.phi)
+    head = watched("head", cp_loss.linear_nll)
     step = watched("all", training.gradient)
-    for chosen in picks:
-        step(model, store, chosen, args)
-        watched("optimizer", optimizer.step)()
-    cp_loss.linear_nll, training.objective, training.utility_step, training.phi = (
-        kept
-    )
+    with (
+        mock.patch.multiple(training, **ours),
+        mock.patch.object(cp_loss, "linear_nll", head),
+    ):
+        for chosen in picks:
+            step(model, store, chosen, args)
+            watched("optimizer", optimizer.step)()
     spent["backward"] = spent.pop("all") - sum(
-        spent[k] for k in ("forward", "objective", "utility")
+        spent[k] for k in ("forward", "objective", "utility_step")
     )
     spent["trunk"] = spent.pop("forward") - spent["head"]
     return {name: took / spent.total() for name, took in spent.items()}
 
 
-def train(way: str, base, store, picks, args, given) -> dict:
+def ours_or_official(way: str, base, store, picks, args, given) -> dict:
     model = training.with_lora(base, args)
+    ours = way.startswith("ours")
     try:
-        return run_steps(way, model, base, store, picks, (args, given))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
+        clock = Clock(model, store, args, 0, 0)
+        step = training.gradient if ours else official
+        out = train(step, model, optimizer, store, picks, args, clock)
+        if ours:
+            out["parts"] = parts_of(model, optimizer, store, picks[:3], args)
+            work = sum(operations(base, store, c) for c in picks[1:])
+            out["share"] = work / out["seconds"] / given.peak
+        return out
     finally:
         model.base_model.gradient_checkpointing_disable()
         model.unload()
-
-
-def run_steps(way: str, model, base, store, picks, settled: tuple) -> dict:
-    args, given = settled
-    weights = [w for w in model.parameters() if w.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr)
-    clock = Clock(model, store, args, 0, 0)
-    ours = way.startswith("ours")
-    for chosen in picks:
-        (training.gradient if ours else official)(model, store, chosen, args)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.tick()
-    out = clock.result([sum(len(store.ids[i]) for i in c) for c in picks])
-    if ours:
-        out["parts"] = parts_of(model, optimizer, store, picks[:3], args)
-        work = sum(operations(base, store, c) for c in picks[1:])
-        out["share"] = work / out["seconds"] / given.peak
-    return out
 
 
 def operations(base, store, chosen) -> float:
@@ -221,7 +201,7 @@ def measure(way: str, sets: str, base, store, given) -> dict:
         given.gap = given.limit = 0
         settled = 1e-5, given, args
         return dpo([], base, numbers(base.config.vocab_size), store, picks, settled)
-    return train(way, base, store, picks, args, given)
+    return ours_or_official(way, base, store, picks, args, given)
 
 
 def read(vocabulary: int, given):

@@ -63,6 +63,11 @@ def memory(device, peak: bool = False) -> float:
     return resident("VmHWM" if peak else "VmRSS")
 
 
+def wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def official(model, store, chosen, args):
     """All rows padded to the longest, logits of every position in float32, then the objective."""
     ids = [store.ids[i].long() for i in chosen]
@@ -106,8 +111,7 @@ class Clock:
 
     def tick(self) -> bool:
         """After each step; whether to stop."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(self.model.device)
         self.steps += 1
         if self.steps or self.target:
             self.seconds += time.perf_counter() - self.start
@@ -132,6 +136,20 @@ class Clock:
         return out | ({"rise": self.gaps[-1] - self.gaps[0]} if self.target else {})
 
 
+def train(step, model, optimizer, store, picks, args, clock) -> dict:
+    """`step` of every pick, until the clock has enough."""
+    for chosen in picks:
+        step(model, store, chosen, args)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if clock.tick():
+            break
+    return clock.result(
+        [sum(len(store.ids[i]) for i in chosen) for chosen in picks]
+    )
+
+
 def measure(way: str, lr: float, given) -> dict:
     kind, *more = way.split()
     own = more if kind == "ours" else []
@@ -150,19 +168,8 @@ def measure(way: str, lr: float, given) -> dict:
     model = training.with_lora(base, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     clock = Clock(model, store, args, given.gap, given.limit)
-    for chosen in picks:
-        if kind == "ours":
-            training.gradient(model, store, chosen, args)
-        else:
-            official(model, store, chosen, args)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if clock.tick():
-            break
-    return clock.result(
-        [sum(len(store.ids[i]) for i in chosen) for chosen in picks]
-    )
+    step = training.gradient if kind == "ours" else official
+    return train(step, model, optimizer, store, picks, args, clock)
 
 
 def preferences(tokenizer, store, picks) -> tuple:
