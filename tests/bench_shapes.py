@@ -11,7 +11,8 @@ in its time but not in its tokens. Peak: share of a bare product's rate, 8,192 a
 operations are those of the step's products, without attention's and recomputation. Memory is the
 peak above the weights. Parts are of three further steps, with the clock waiting for the GPU at each
 border. `full logits, padded` and TRL's DPO get the same draws; DPO pairs each negative with a
-positive, whose tokens count each time.
+positive, whose tokens count each time; it runs with cuDNN's attention, torch's own choice, and
+without, as all our stages do.
 """
 
 import argparse
@@ -54,7 +55,14 @@ SHAPES = {
     ),
 }
 SETS = {"default": "", "paper": "--positives 3 --negatives 5"}
-WAYS = ["ours", "ours --checkpointing", "full logits, padded", "TRL DPO"]
+WAYS = [
+    "ours",
+    "ours --utility 0",
+    "ours --checkpointing",
+    "full logits, padded",
+    "TRL DPO",
+    "TRL DPO without cuDNN",
+]
 
 
 def seconds(run, device) -> float:
@@ -117,7 +125,7 @@ def numbers(size: int):
 
 
 def settings(way: str, sets: str, given):
-    own = ["--checkpointing"] if "checkpointing" in way else []
+    own = way.split()[1:] if way.startswith("ours") else []
     sys.argv = ["03", "--run", str(given.run), "--budget", "16384"]
     sys.argv += ["--device", given.device, *SETS[sets].split(), *own]
     return training.options()
@@ -164,7 +172,7 @@ def ours_or_official(way: str, base, store, picks, args, given) -> dict:
         out = train(step, model, optimizer, store, picks, args, clock)
         if ours:
             out["parts"] = parts_of(model, optimizer, store, picks[:3], args)
-            work = sum(operations(base, store, c) for c in picks[1:])
+            work = sum(operations(base, store, c, args.utility) for c in picks[1:])
             out["share"] = work / out["seconds"] / given.peak
         return out
     finally:
@@ -172,12 +180,13 @@ def ours_or_official(way: str, base, store, picks, args, given) -> dict:
         model.unload()
 
 
-def operations(base, store, chosen) -> float:
+def operations(base, store, chosen, utility: float) -> float:
     """Of a step's products, once each: forward, and backward to what is not frozen."""
     neutral = chosen[store.is_positive[chosen]][:6]  # utility_step's
     size = [len(store.ids[i]) for i in chosen]
     scored = [len(store.ids[i]) - int(store.start[i]) for i in chosen]
     alone = 1 + sum(len(store.ids[i]) - int(store.start[i]) for i in neutral)
+    alone *= utility > 0
     config = base.config
     head = config.vocab_size * config.hidden_size
     lora = trunk = 0
@@ -197,7 +206,9 @@ def measure(way: str, sets: str, base, store, given) -> dict:
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    if way == "TRL DPO":
+    # load_model switches it off for all stages; transformers and TRL leave it on
+    torch.backends.cuda.enable_cudnn_sdp(way == "TRL DPO")
+    if way.startswith("TRL DPO"):
         given.gap = given.limit = 0
         settled = 1e-5, given, args
         return dpo([], base, numbers(base.config.vocab_size), store, picks, settled)

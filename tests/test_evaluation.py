@@ -393,7 +393,8 @@ def test_statistics(module):
 def test_nats_of_texts(module, tiny, tmp_path):
     """Those of the model's own loss, with a BOS and without."""
     model, tokenizer = lm = load_model(str(tiny), "cpu")
-    args = Namespace(kept=tmp_path, seed=0)
+    (tmp_path / "kept").mkdir()
+    args = Namespace(out=tmp_path, seed=0, batch_size=64)
     texts = ["The lake.", "A walk to the other side of the town."]
     for begin in (0, 1):
         got = module.nats(args, "x", *lm, texts, begin)
