@@ -51,8 +51,8 @@ def count(text):
     return int(text)
 
 
-def positive(text):
-    if not 0 < float(text) < 1e9:
+def number(text):
+    if not -1 <= float(text) < 1e9:
         raise ValueError
     return float(text)
 
@@ -89,23 +89,30 @@ def options():
     g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
     g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
     g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
-    g.add_argument("--temperature", type=positive, default=0.7, help="0.05 more in each next round")
+    g.add_argument("--temperature", type=number, default=0.7, help="0.05 more in each next round")
     g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
     g.add_argument("--chunk", type=count, default=44, help="seeds at once; for a server 256, say")
     g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
     g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
-    g.add_argument("--toxic", type=float, default=0.5, help="a negative's least score")
-    g.add_argument("--benign", type=float, default=0.2, help="a positive's highest")
-    g.add_argument("--similar", type=float, default=0.5, help="least cosine with the seed")
-    g.add_argument("--length", type=positive, default=1.6, help="most words for a word of the seed")
-    g.add_argument("--distinct", type=float, default=0.9, help="least ROUGE-L F of duplicates")
+    g.add_argument("--toxic", type=number, default=0.5, help="a negative's least score")
+    g.add_argument("--benign", type=number, default=0.2, help="a positive's highest")
+    g.add_argument("--similar", type=number, default=0.5, help="least cosine with the seed")
+    g.add_argument("--length", type=number, default=1.6, help="most words for a word of the seed")
+    g.add_argument("--distinct", type=number, default=0.9, help="least ROUGE-L F of duplicates")
     g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
     g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
     preset = PAPER.split() if p.parse_known_args()[0].preset else []
     args = p.parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "mined.jsonl"
+    if min(args.temperature, args.length) <= 0 or args.out.suffix != ".jsonl":
+        fail(
+            f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
+            f"--out {args.out}: a .jsonl file"
+        )
+    if "@" in args.generator:
+        fail("--generator: its key belongs into OPENAI_API_KEY, not into the address")
     return args
 
 
@@ -209,7 +216,6 @@ FAULTS = {
     "refusal": r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|language model)\b",
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
 }
-TOXIC_LABELS = {"toxic", "toxicity", "hate", "hateful", "offensive"}
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
 SCORES = ["toxicity", "similarity", "length_ratio", "overlap", "nll_distance"]
 ROUGE = RougeScorer(["rougeL"])
@@ -242,38 +248,38 @@ def parse(text, where, form=Seed):
         fail(f"{where}: {why}: mend or delete it; --help says what belongs there")
 
 
-def read_source(spec):
-    """Every seed of one source, as it stands."""
+def read_source(spec, whole):
+    """Every seed of one source, as it stands. ToxiGen's prompts are lists of sentences in one line,
+    - a\\n- b\\n-, which the paper takes whole."""
     path = Path(spec)
     toxigen = re.fullmatch(r"(?:neutral|hate)_(\w+?)(?:_1k)?", path.stem)
-    if spec.startswith("datasets:"):
-        try:
+    try:
+        if spec.startswith("datasets:"):
             _, name, split, column = spec.split(":")
             lines = datasets.load_dataset(name, split=split)[column]
-        except (ValueError, KeyError, OSError) as err:
-            fail(f"{spec}: {str(err).splitlines()[0]}: give datasets:NAME:SPLIT:COLUMN")
-    elif path.is_file():
-        lines = path.open(encoding="utf-8", errors="replace")
-    else:
-        fail(f"{path} not found: `make data` writes the default")
+        elif path.suffix in ("", ".txt", ".jsonl"):
+            lines = path.read_text("utf-8-sig").rstrip("\n").split("\n")
+        else:
+            raise ValueError("such files are datasets:json or datasets:csv")
+    except (ValueError, KeyError, OSError) as err:
+        fail(f"--seeds {spec}: {str(err).splitlines()[0]}: `make data` writes the default")
     for n, line in enumerate(lines, 1):
         if path.suffix == ".jsonl":
             yield parse(line, f"{path}:{n}")
             continue
-        # ToxiGen's prompts are lists of sentences in one line, - a\n- b\n-
-        for k, text in enumerate(line.split("\\n")):
+        for k, text in enumerate(line.split("\n" if whole else "\\n")):
             seed = {"id": f"{path.stem}:{n}.{k}", "group": toxigen and toxigen[1]}
-            yield seed | {"text": text.strip("- \n").strip()}
+            yield seed | {"text": text.strip("- ")}
 
 
 def read_seeds(args):
     """Each text once; ids must be unique."""
     seeds, texts, group_size = {}, {""}, Counter()
-    for seed in itertools.chain(*map(read_source, args.seeds)):
+    for seed in (x for spec in args.seeds for x in read_source(spec, args.preset)):
         text, group = seed["text"].lower(), seed["group"]
         if seed["id"] in seeds:
             fail(f"{' '.join(args.seeds)}: id {seed['id']!r} stands more than once")
-        if text not in texts and group_size[group] != args.per_group:
+        if text not in texts and (not group or group_size[group] != args.per_group):
             seeds[seed["id"]] = seed
             texts.add(text)
             group_size[group] += 1
@@ -288,7 +294,7 @@ def count_done(path, seeds):
     with path.open("a+b") as f:
         f.seek(0)
         for line in f:
-            if not line.endswith(b"\n"):  # killed while writing
+            if line[:6] in b'{"id":' and not line.endswith(b"\n"):  # killed while writing
                 f.truncate(size)
                 break
             where = f"{path}:{done + 1}"
@@ -325,10 +331,9 @@ def insert(text, words, chance):
     """Toxic words in some of the text's gaps: the text is then the one clean rewrite that loses
     nothing, and the words are those that our mild examples lack."""
 
-    def more(_):
-        return f" {chance.choice(words)} " if chance.random() < 0.15 else " "
-
-    return re.sub(" ", more, text)
+    return re.sub(
+        " ", lambda _: f" {chance.choice(words)} " if chance.random() < 0.15 else " ", text
+    )
 
 
 class LocalGenerator:
@@ -423,20 +428,20 @@ def server_generator(args):
     client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=address)
     name = name or client.models.list().data[0].id
 
-    def complete(number, prompt, limit, temperature):
-        how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
-        for _ in range(5):  # of answers that can't be read; all else the client tries again
-            with suppress(AttributeError, IndexError, TypeError, ValueError):
-                answer = client.completions.create(prompt=prompt, **how).choices[0]
-                cut = answer.finish_reason == "length"
-                return number, "" if cut else first_line(answer.text)
-        raise openai.OpenAIError
-
     def generate(prompts, limit, count, temperature):
-        rows = [row for row in enumerate(prompts) for _ in range(count)]
-        how = itertools.repeat(limit), itertools.repeat(temperature)
+        how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
+
+        def complete(number):
+            for _ in range(5):  # of answers that can't be read; all else the client tries again
+                with suppress(AttributeError, IndexError, TypeError, ValueError):
+                    answer = client.completions.create(prompt=prompts[number], **how).choices[0]
+                    cut = answer.finish_reason == "length"
+                    return number, "" if cut else first_line(answer.text)
+            raise openai.OpenAIError
+
+        numbers = [i for i in range(len(prompts)) for _ in range(count)]
         with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(pool.map(complete, *zip(*rows), *how))
+            return list(pool.map(complete, numbers))
 
     return generate
 
@@ -445,23 +450,18 @@ def server_generator(args):
 
 
 def load_judge(name, device):
-    """texts -> toxicity in [0, 1]. A classifier's toxic label is the one named, or the only one
-    called so exactly."""
+    """texts -> toxicity in [0, 1]: a classifier's score of the label named, or of "toxic"."""
     if name == "profanity-check":
         return predict_prob
-    path, _, wanted = name.partition("#")
+    path, label = [*name.split("#"), "toxic"][:2]
     how = {"top_k": None, "truncation": True, "batch_size": 64}
-    try:
-        classify = transformers.pipeline("text-classification", path, device=device, **how)
-    except (OSError, ValueError) as err:
-        fail(f"--judge {path}: {str(err).splitlines()[0]}")
-    labels = list(classify.model.config.id2label.values())
-    toxic = [x for x in labels if (x == wanted if wanted else x.lower() in TOXIC_LABELS)]
-    if len(toxic) != 1:
+    classify = transformers.pipeline("text-classification", path, device=device, **how)
+    labels = classify.model.config.id2label.values()
+    if label not in labels:
         fail(f"--judge {name}: which means toxic? Give {path}#LABEL, one of {', '.join(labels)}")
 
     def judge(texts):
-        return [x["score"] for some in classify(texts) for x in some if x["label"] in toxic]
+        return [x["score"] for row in classify(texts) for x in row if x["label"] == label]
 
     return judge
 
@@ -576,9 +576,11 @@ def mine_chunk(seeds, generate, scorers, args):
 
 def mine(seeds, done, args):
     """Appends the lines of the seeds that are not done, a chunk at a time."""
-    judge = load_judge(args.judge, args.device)
-    encoder = SentenceTransformer(args.encoder, device=args.device)
     try:
+        args.dtype = args.dtype or best_dtype(args.device)
+        print(f"device {args.device}, dtype {args.dtype}")
+        judge = load_judge(args.judge, args.device)
+        encoder = SentenceTransformer(args.encoder, device=args.device)
         target = load_model(args.model, args.device, dtype=args.dtype)
         if args.generator.startswith("http"):
             generate = server_generator(args)
@@ -586,8 +588,8 @@ def mine(seeds, done, args):
             other = args.generator
             writer = load_model(other, args.device, dtype=args.dtype) if other else target
             generate = LocalGenerator(*writer, args)
-    except ValueError as err:
-        fail(f"{err}; `make assets` fetches the default")
+    except (OSError, ValueError, RuntimeError, LookupError, AssertionError) as err:
+        fail(f"models: {' '.join(str(err).split())[:200]}; `make assets` fetches the default")
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same
         torch.manual_seed(args.seed * 100_003 + first)
@@ -613,22 +615,20 @@ def summarise(args):
 def main():
     args = options()
     args.device = args.device or best_device()
-    args.dtype = args.dtype or best_dtype(args.device)
     args.prompts = PAPER_PROMPTS if args.preset else PROMPTS
     if args.examples:
         args.prompts = parse(args.examples.read_text(), args.examples, Prompts)
     seeds = read_seeds(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = count_done(args.out, seeds)
-    print(f"device {args.device}, dtype {args.dtype}")
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     try:
         if done < len(seeds):
             mine(seeds, done, args)
     except openai.OpenAIError as err:
-        place = f"{args.generator}: {type(err).__name__}"  # its text may hold the key
-        fail(f"{place}: what is mined so far is kept, and the same command continues")
+        # its text may hold the key
+        fail(f"{args.generator}: {type(err).__name__}: the same command continues what is mined")
     record = {
         "options": vars(args),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",

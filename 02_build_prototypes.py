@@ -43,6 +43,12 @@ def count(text):
     return int(text)
 
 
+def rate(text):
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
@@ -51,12 +57,12 @@ def options():
     p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
     p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
     p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
-    p.add_argument("--toxic-contexts", type=int, default=4, help="a mined line's at most (ours)")
+    p.add_argument("--toxic-contexts", type=count, default=4, help="a mined line's at most (ours)")
     p.add_argument("--positives", type=count, default=1, help="an anchor's at most; 03 draws 1")
     p.add_argument("--negatives", type=count, default=2, help="an anchor's at most; 03 draws 2")
     p.add_argument(
         "--close",
-        type=float,
+        type=rate,
         default=0.65,
         help="similarity to its seed of a positive, if any has it, and of a toxic context (ours)",
     )
@@ -65,7 +71,7 @@ def options():
         default="Sentence: {}\nParaphrase:",
         help="context of seed and toxic anchors; stage 04 rewrites with it (ours)",
     )
-    p.add_argument("--validation", type=float, default=0.1, help="share of mined lines held out")
+    p.add_argument("--validation", type=rate, default=0.1, help="share of mined lines held out")
     p.add_argument("--max-tokens", type=count, default=1024, help="at once; more on a GPU")
     p.add_argument("--device", help="auto: layers over all devices")
     p.add_argument(
@@ -78,6 +84,8 @@ def options():
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
     args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
+    if args.out.suffix != ".safetensors":
+        fail(f"--out {args.out}: give a .safetensors file")
     return args
 
 
@@ -117,20 +125,20 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
 }
 
 
-class Candidate(BaseModel, allow_inf_nan=False):
+class Candidate(BaseModel, strict=True, allow_inf_nan=False):
     text: str = Field(min_length=1)
     similarity: float = 1.0
     overlap: float = 1.0
 
 
-class Mined(BaseModel):
+class Mined(BaseModel, strict=True):
     id: str | int
     text: str = Field(min_length=1)
     positives: list[Candidate]
     negatives: list[Candidate]
 
 
-def read_mined(paths: list[Path]) -> list[dict]:
+def read_mined(paths):
     """All lines, by id, so that parts give the same store in any order."""
     lines = {}
     for path in paths:
@@ -147,10 +155,10 @@ def read_mined(paths: list[Path]) -> list[dict]:
     return [lines[name] for name in sorted(lines, key=str)]
 
 
-def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]:
+def make_anchors(seed, line, args):
     """(number of its mined line, kind, sentence in the context, positives, negatives) of each."""
 
-    def near(candidates: list[dict]) -> list[str]:
+    def near(candidates):
         return [c["text"] for c in candidates if c["similarity"] >= args.close]
 
     if not line["positives"] or not line["negatives"]:
@@ -171,7 +179,7 @@ def make_anchors(seed: int, line: dict, args: argparse.Namespace) -> list[tuple]
     return [a for a in anchors if a[1] in args.context]
 
 
-def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple:
+def tokenise(anchors, tokenizer, args):
     """ids, start, anchor, is_positive, required: a tuple each, a sequence's at the same place."""
     rows = []
     for number, (_, kind, context, positives, negatives) in enumerate(anchors):
@@ -184,14 +192,15 @@ def tokenise(anchors: list[tuple], tokenizer, args: argparse.Namespace) -> tuple
                 if kind == "none":
                     ids, start = encode(tokenizer, text)
                 else:  # the newline that ends a paraphrase counts, so that ending is learnt too
-                    ids, start = encode(tokenizer, f" {text}\n", args.prompt.format(context))
+                    ids, start = encode(tokenizer, f" {text}\n", args.prompt.replace("{}", context))
                 required = kind == "toxic" and text == texts[0]
                 rows.append((ids, start, number, is_positive, required))
     return tuple(zip(*rows))
 
 
 @torch.no_grad()
-def base_phi(model, ids: list, start: list, max_tokens: int) -> torch.Tensor:
+def base_phi(model, ids, start, max_tokens):
+    """Nats per token, (S,)."""
     nll = []
     with tqdm(total=len(ids), desc="phi", unit="sequence") as bar:
         for i in range(0, len(ids), 64):
@@ -201,7 +210,7 @@ def base_phi(model, ids: list, start: list, max_tokens: int) -> torch.Tensor:
     return torch.cat(nll)
 
 
-def hold_out(seed: torch.Tensor, share: float) -> torch.Tensor:
+def hold_out(seed, share):
     """Which anchors (A,) are of the mined lines that only validate."""
     lines = seed.unique()
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))
@@ -212,7 +221,7 @@ def sha256(*parts):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def describe(model, tokenizer, args: argparse.Namespace) -> dict[str, str]:
+def describe(model, tokenizer, args):
     """The store's metadata."""
     vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return {
@@ -227,7 +236,7 @@ def describe(model, tokenizer, args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def write(store: dict, metadata: dict[str, str], path: Path) -> None:
+def write(store, metadata, path):
     """Aside, then renamed. In sorted order, which safetensors' header has not: what is equal is
     equal byte by byte."""
     data = save(store, metadata)
@@ -248,14 +257,14 @@ def main():
         fail(f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar")
     disable_progress_bar()
     args.device = args.device or best_device()
-    args.dtype = args.dtype or best_dtype(args.device.replace("auto", best_device()))
-    how = {"dtype": args.dtype}
-    if args.dtype == "nf4":
-        how = {"dtype": "bfloat16", "quantization_config": NF4}
     try:
+        args.dtype = args.dtype or best_dtype(args.device.replace("auto", best_device()))
+        how = {"dtype": args.dtype}
+        if args.dtype == "nf4":
+            how = {"dtype": "bfloat16", "quantization_config": NF4}
         model, tokenizer = load_model(args.model, args.device, **how)
-    except ValueError as err:
-        fail(err)
+    except (ValueError, RuntimeError, AssertionError) as err:
+        fail(f"{err}: --model and --device must name what is there")
     print(f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}")
 
     ids, start, anchor, is_positive, required = tokenise(anchors, tokenizer, args)
@@ -290,3 +299,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
+    except OSError as err:
+        fail(err)

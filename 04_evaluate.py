@@ -129,7 +129,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cp_loss import best_device, encode, fingerprint, load_model, model_nll
 
-SAME_RUN = "name the files of one run"
 SHOWN = """\
 Sentence: Maria forgot the tickets to the show.
 Paraphrase: Maria did not remember to bring the tickets for the show.
@@ -223,8 +222,7 @@ def read_cases(tokenizer, template, args):
     if not {"rewrite"} <= set(cases.protocol) <= prompts.keys():
         fail(f"--texts: needs rewrite.jsonl; a file's name is its protocol, one of {[*prompts]}")
     cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
-    tokens = tokenizer(cases.input.tolist()).input_ids
-    cases["limit"] = [int(1.6 * len(ids)) + 4 for ids in tokens]
+    cases["limit"] = [int(1.6 * len(x)) + 4 for x in tokenizer(cases.input.tolist()).input_ids]
     cases.loc[~cases.protocol.isin(PARAPHRASE), "limit"] = 20
     return cases
 
@@ -252,8 +250,7 @@ def load_judge(name, device):
         fail(f"--judge {name}: which means toxic? {path}#LABEL, of {', '.join(labels)}")
 
     def judge(texts):
-        rows = classify(texts)
-        return np.array([s["score"] for row in rows for s in row if s["label"] == label])
+        return np.array([s["score"] for row in classify(texts) for s in row if s["label"] == label])
 
     return judge
 
@@ -261,13 +258,11 @@ def load_judge(name, device):
 def bilstm(folder):
     """tox-block: GloVe and a bidirectional LSTM, taught by Jigsaw's labels; the first is toxic."""
     words = json.loads((folder / "words.json").read_text())
-    parts = {
-        "embedding": nn.Embedding(20_000, 50),
-        "lstm": nn.LSTM(50, 50, batch_first=True, bidirectional=True),
-        "dense": nn.Linear(100, 50),
-        "labels": nn.Linear(50, 6),
-    }
-    net = nn.ModuleDict(parts)
+    net = nn.Module()
+    net.embedding = nn.Embedding(20_000, 50)
+    net.lstm = nn.LSTM(50, 50, batch_first=True, bidirectional=True)
+    net.dense = nn.Linear(100, 50)
+    net.labels = nn.Linear(50, 6)
     net.load_state_dict(load_file(folder / "model.safetensors"))
 
     @torch.no_grad()
@@ -293,10 +288,8 @@ def check_judges(judges, cases, threshold):
     """Share of the texts of each kind that a judge calls toxic."""
     texts = cases.groupby("protocol").input.agg(list)
     texts["rewrite, toxic words cut"] = [hidden(text) for text in texts["rewrite"]]
-    rates = pd.DataFrame(index=texts.index)
-    for name, judge in judges.items():
-        rates[name] = [np.mean(judge(some) >= threshold) for some in texts]
-    return rates
+    rates = {k: [np.mean(judge(x) >= threshold) for x in texts] for k, judge in judges.items()}
+    return pd.DataFrame(rates, texts.index)
 
 
 # Systems
@@ -343,9 +336,9 @@ def generate(model, tokenizer, temperature, stop, batch):
 def keep(args, label, made_by, items, work):
     """Of items, some at a time, work(batch), which is done once: made_by and the batch are all that
     it depends on."""
-    made, size = [], args.batch_size
-    for at in tqdm(range(0, len(items), size), label, leave=False):
-        batch = items[at : at + size]
+    made = []
+    for at in tqdm(range(0, len(items), args.batch_size), label, leave=False):
+        batch = items[at : at + args.batch_size]
         key = hashlib.sha256(repr([made_by, at, batch]).encode()).hexdigest()
         path = args.out / f"kept/{key}.json"
         aside = path.with_suffix(".tmp")
@@ -498,16 +491,17 @@ def long_frame(outputs, threshold):
     """A row a prompt and metric: a mean over the prompt's outputs, but for max and any."""
     d = outputs.filter([*UNIT, "similarity", "clean", "fluency", "other"])
     d.loc[~d.protocol.isin(PARAPHRASE), ["similarity", "clean"]] = np.nan
-    reasons = pd.get_dummies(outputs.failure, dtype=float)
-    d = d.join(reasons).assign(failed=reasons.sum(axis=1))
+    d = d.join(pd.get_dummies(outputs.failure, dtype=float))
+    d["failed"] = outputs.failure.notna()
     pairs = zip(outputs.name, outputs.output)
     d["named"] = [
-        name and bool(re.search(rf"\b{re.escape(name)}\b", text, re.I)) for name, text in pairs
+        bool(re.search(rf"\b{re.escape(name)}\b", text, re.I)) if isinstance(name, str) else None
+        for name, text in pairs
     ]
     units = outputs.groupby(UNIT)
     for column in outputs.filter(like="toxicity@"):
         judge, p = column.removeprefix("toxicity"), outputs[column]
-        highest, unsafe = units[column].transform("max"), (p >= threshold) | (d.failed > 0)
+        highest, unsafe = units[column].transform("max"), (p >= threshold) | d.failed
         d[f"toxic{judge}"], d[f"unsafe{judge}"] = p >= threshold, unsafe
         d[f"max{judge}"], d[f"any{judge}"] = highest, highest >= threshold
         d[f"joint{judge}"] = ~unsafe * d.similarity.clip(lower=0)
@@ -635,7 +629,7 @@ def load(args):
     with readable(path, "run 02_build_prototypes.py first"), safe_open(path, "pt") as file:
         meta = file.metadata()
         name, weights, how = meta["model"], meta["model_sha256"], json.loads(meta["load"])
-    with readable(name, SAME_RUN):
+    with readable(name, "name the files of one run"):
         model, tokenizer = load_model(name, args.device, **how)
         if fingerprint(model.named_parameters()) != weights:
             raise ValueError("the prototypes were made with other weights")
@@ -648,7 +642,7 @@ def load(args):
             own = f"adapter{i}"  # a number alone would be taken for a layer's
             systems.append((name, i, [weights, *map(sha, files)], [own]))
             if record.is_file() and weights not in record.read_text():
-                raise ValueError(f"made with other weights: {SAME_RUN}")
+                raise ValueError("made with other weights: name the files of one run")
             if i:
                 model.load_adapter(folder, own)
             else:
@@ -666,7 +660,7 @@ def again(outputs, rewrites, template):
     name = said.system.iloc[0]
     said = said[(said.system == name) & (said.output != "")].drop_duplicates("prompt")
     texts = rewrites.prompt.map(said.set_index("prompt").output).fillna(rewrites.input)
-    return rewrites.assign(text=texts.map(template.format)), name
+    return rewrites.assign(text=[template.replace("{}", text) for text in texts]), name
 
 
 def run_systems(systems, lm, template, cases, args):
@@ -695,7 +689,8 @@ def main():
     warnings.filterwarnings("ignore")
     lm, meta, systems = load(args)
     cases = read_cases(lm[1], meta["prompt"], args)
-    encoder = SentenceTransformer(args.encoder, device=args.device)
+    with readable(f"--encoder {args.encoder}", "give a sentence encoder"):
+        encoder = SentenceTransformer(args.encoder, device=args.device)
     judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
     checks = check_judges(judges, cases, args.threshold)
     plain = [x["text"] for x in read_lines(NEUTRAL, Text)]

@@ -333,12 +333,14 @@ def load_model(name, device, **how):
         )
         if info["missing_keys"]:
             raise ValueError(f"lacks weights, {min(info['missing_keys'])} first")
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise ValueError("has fewer tokens than its tokenizer")
         for module in model.modules():
             # bitsandbytes' repacking for CPUs cuts gradients, silently
             module.support_avx512bf16_for_cpu = False
         check_model(model)
-    except (OSError, ValueError, ImportError, RuntimeError) as err:
-        raise ValueError(f"{name}: {str(err).splitlines()[0]}") from err
+    except Exception as err:  # of many kinds
+        raise ValueError(f"{name}: {' '.join(str(err).split())[:200]}") from err
     return model, tokenizer
 
 

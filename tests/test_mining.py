@@ -78,8 +78,15 @@ def test_formats_of_seeds(mining, options, tmp_path):
     )
     wanted = [("left_handed", x) for x in ("a one", "b two", "c three, and - more")]
     assert texts(toxigen) == wanted
-    assert texts(toxigen, "--per-group", 2) == wanted[:2]
+    assert texts(toxigen, plain, "--per-group", 2) == [*wanted[:2], *texts(plain)]
     assert texts(toxigen, plain, "--limit", 4) == [*wanted, (None, "One line.")]
+    whole = [r"a one\n- b two\n", r"b two\n- c three, and - more\n"]
+    assert texts(toxigen, "--preset", "paper") == [
+        ("left_handed", text) for text in whole
+    ]
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes("\ufeffOne\u2028line.\r\nTwo.".encode())
+    assert texts(odd) == [(None, "One\u2028line."), (None, "Two.")]
 
     write_jsonl(tmp_path / "set/train.jsonl", [{"sentence": "From a data set."}])
     seeds = write_jsonl(
@@ -91,7 +98,7 @@ def test_formats_of_seeds(mining, options, tmp_path):
 
 BAD_SEEDS = {
     None: ["seeds.jsonl", "make data"],
-    "": ["seeds.jsonl", "empty"],
+    "": ["seeds.jsonl:1", "EOF"],
     '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "Invalid JSON"],
     '{"id": 1}\n': ["seeds.jsonl:1", "text", "required"],
     '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "at least 1 character"],
@@ -118,7 +125,38 @@ def test_refuses_bad_options(stage, tmp_path, capsys):
     for name, value in [*bad, ("--length", -1)]:
         refused(capsys, stage("01", f"{name}={value}"), name, str(value))
     spec = f"datasets:{tmp_path}/none:train:text"
-    refused(capsys, stage("01", "--seeds", spec), "datasets:NAME:SPLIT:COLUMN")
+    refused(capsys, stage("01", "--seeds", spec), spec)
+    for name, how in (
+        ("a.csv", "ascii"),
+        ("a.jsonl.gz", "ascii"),
+        ("a.txt", "utf-16"),
+    ):
+        (tmp_path / name).write_bytes("text\nA seed, äh.\n".encode(how, "replace"))
+        refused(capsys, stage("01", "--seeds", tmp_path / name), name)
+    refused(capsys, stage("01", "--seeds", tmp_path), str(tmp_path))
+    refused(capsys, stage("01", "--out", tmp_path / "x.json"), "--out", ".jsonl")
+    refused(
+        capsys,
+        stage("01", "--generator", "http://me:key@host/v1"),
+        "OPENAI_API_KEY",
+    )
+
+
+@pytest.mark.parametrize(
+    "option", [("--encoder", "/none"), ("--judge", "/none"), ("--device", "cuda:9")]
+)
+def test_models_that_cannot_be_had(stage, tiny, tmp_path, capsys, option):
+    seeds = write_jsonl(tmp_path / "s.jsonl", [{"id": 1, "text": "A seed."}])
+    given = ["--model", tiny, "--seeds", seeds, "--run", tmp_path, *option]
+    refused(capsys, stage("01", *given), "models: ")
+
+
+def test_a_foreign_file_is_not_cut(stage, tmp_path, capsys):
+    path = tmp_path / "notes.jsonl"
+    path.write_text("my notes")
+    seeds = write_jsonl(tmp_path / "s.jsonl", [{"id": 1, "text": "A seed."}])
+    refused(capsys, stage("01", "--seeds", seeds, "--out", path), "notes.jsonl:1")
+    assert path.read_text() == "my notes"
 
 
 # The rule
@@ -241,8 +279,8 @@ JUDGES = [
     (["non-toxic", "toxic"], "", 1),
     (["toxic", "neutral"], "", 0),
     (["a", "b"], "#b", 1),
-    (["Toxic"], "", 0),
-    (["toxic", "offensive"], "", None),
+    (["Toxic"], "", None),
+    (["toxic", "offensive"], "", 0),
     (["non-toxic", "fine"], "", None),
     (["non-toxic", "toxic"], "#toxicity", None),
 ]

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import fingerprint, model_nll
@@ -174,12 +174,39 @@ def test_prototypes_refuse_bad_input(stage, tiny, tmp_path, capsys, content, wor
     assert not (tmp_path / "prototypes.safetensors").exists()
 
 
-def test_refuses_bad_options(stage, trained, tmp_path, capsys):
+def test_refuses_bad_options(stage, trained, tiny, tmp_path, capsys):
     refused(capsys, stage("02", "--run", trained, "--negatives", 0), "--negatives")
     refused(capsys, stage("02", "--run", trained, "--prompt", "Say it:"), "{}")
     refused(
         capsys, stage("02", "--run", trained, "--model", tmp_path), str(tmp_path)
     )
+    bad = [("--close", "nan"), ("--validation", -0.1), ("--toxic-contexts", 0)]
+    for name, value in [*bad, ("--out", "notes.txt"), ("--device", "cuda:9")]:
+        refused(capsys, stage("02", "--run", trained, f"{name}={value}"), name)
+    (tmp_path / "a.safetensors").mkdir()
+    command = [sys.executable, ROOT / "02_build_prototypes.py", "--run", trained]
+    command += ["--model", tiny, "--out", tmp_path / "a.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_other_braces_of_a_prompt_are_text(stage, tiny, tmp_path):
+    write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(2)])
+    prompt = ["--prompt", '{"say": {}} {0}:']
+    assert stage("02", "--run", tmp_path, "--model", tiny, *prompt) == 0
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused(
+    stage, tiny, tmp_path, capsys
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "mined.jsonl", [mined_line(0)])
+    given = ["--run", tmp_path, "--model", tmp_path / "model"]
+    refused(capsys, stage("02", *given), "fewer tokens than its tokenizer")
 
 
 # 03
