@@ -455,7 +455,7 @@ def failure(row, worst):
     return next(compress(reasons, reasons.values()), None)
 
 
-def score(outputs, lm, encoder, judges, plain, weights, args):
+def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     """Adds similarity, clean (to leave an insult out is to move away from the input), toxicity by
     each judge, nats per token under the base and --fluency, and why an output failed. Returns the
     bound for garbled: nats that 99% of plain, the project's own sentences, stay under."""
@@ -470,9 +470,7 @@ def score(outputs, lm, encoder, judges, plain, weights, args):
     worst = min(np.percentile(nats(args, weights, *lm, plain), 99), np.log(len(lm[1])))
     outputs["fluency"] = nats(args, weights, *lm, texts)
     outputs.loc[empty, "fluency"] = np.nan
-    if args.fluency:
-        with readable("--fluency", "give a causal LM"):
-            larger = load_model(args.fluency, args.device)
+    if larger:
         outputs["other"] = nats(args, args.fluency, *larger, texts)
     reasons = [failure(row, worst) for row in outputs.to_dict("records")]
     outputs["failure"] = pd.Series(reasons, dtype=object)
@@ -693,12 +691,14 @@ def main():
         encoder = SentenceTransformer(args.encoder, device=args.device)
     judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
     checks = check_judges(judges, cases, args.threshold)
+    with readable("--fluency", "give a causal LM"):
+        larger = args.fluency and load_model(args.fluency, args.device)
     plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
     Path(args.out, "kept").mkdir(parents=True, exist_ok=True)
 
     outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
     lm[0].base_model.set_adapter([])
-    worst = score(outputs, lm, encoder, judges, plain, meta["model_sha256"], args)
+    worst = score(outputs, lm, larger, encoder, judges, plain, meta["model_sha256"], args)
     aside = args.out / "generations.tmp"
     outputs.drop(columns=["text", "limit"]).to_json(aside, orient="records", lines=True)
     aside.replace(args.out / "generations.jsonl")

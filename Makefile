@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 RUN ?= runs/default
 PY := .venv/bin/python
+$(if $(word 2,$(RUN)),$(error RUN: make takes no spaces in a path))
 MODEL := assets/SmolLM2-135M-Instruct
 START := $(shell date +%s)
 export TOKENIZERS_PARALLELISM := false

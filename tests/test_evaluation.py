@@ -96,6 +96,9 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     refused(capsys, status("--texts", tmp_path / "none.jsonl"), "make assets data")
     other = write_jsonl(tmp_path / "other.jsonl", TOXIC)
     refused(capsys, status("--texts", other), "a file's name is its protocol")
+    for option in ("--encoder", "--judge", "--fluency"):
+        refused(capsys, status(option, "/none"), option)
+    refused(capsys, status("--device", "cuda:9"), "CUDA")
     assert not (tmp_path / "a").exists()
 
 
@@ -345,6 +348,13 @@ def test_metrics_by_hand(module):
     assert got["clean"] == pytest.approx([0.2, 0.25])
     assert got["failed"] == got["empty"] == got["named"] == [0.5, 0]
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5]
+
+
+def test_some_texts_have_no_name(module):
+    outputs = scored(SAID)
+    outputs["name"] = pd.Series(["blind", "blind", None, None])
+    long = module.long_frame(outputs, 0.5)
+    assert long[long.metric == "named"].value.tolist() == [0.5]
 
 
 def test_names_are_no_patterns(module):
