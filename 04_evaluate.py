@@ -120,14 +120,14 @@ from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model_state_dict
 from profanity_check import predict_prob
 from pydantic import BaseModel, Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from cp_loss import best_device, encode, fingerprint, load_model, model_nll
+from cp_loss import best_device, check_model, encode, fingerprint, load_model, model_nll
 
 SHOWN = """\
 Sentence: Maria forgot the tickets to the show.
@@ -164,8 +164,6 @@ NEUTRAL = TEXTS / "neutral.jsonl"  # bounds "garbled", whatever --texts are
 HEADLINE = r"""(?x)^( (rewrite|shown) / (similarity|failed|(toxic|unsafe|joint)@{})
 | continue / (max|any)@{} | benign/(named|nll) | neutral/.* | .*/(acc|nll_word) )$"""
 UNIT = ["system", "seed", "protocol", "prompt"]  # seed: of a recipe's training
-# what reading files and models raises
-BAD_INPUT = ImportError, LookupError, OSError, RuntimeError, ValueError, SafetensorError
 
 
 class Text(BaseModel):
@@ -182,10 +180,10 @@ class Output(BaseModel):
 
 @contextmanager
 def readable(what, remedy):
-    """What can't be read ends the run with one line."""
+    """What can't be loaded ends the run with one line."""
     try:
         yield
-    except BAD_INPUT as err:
+    except Exception as err:  # of many kinds
         why = " ".join(str(err).split())[:200]
         fail(f"{what}: {type(err).__name__}: {why}: {remedy}")
 
@@ -203,7 +201,7 @@ def read_lines(path, kind):
     try:
         for line in Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n"):
             rows.append(kind.model_validate_json(line).model_dump())
-    except BAD_INPUT as err:
+    except (OSError, ValueError) as err:
         why = " ".join(str(err).split("[type")[0].split())
         fail(f"{path}:{len(rows) + 1}: {why}: mend it; `make assets data` writes the default files")
     return rows
@@ -480,8 +478,7 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
 def distinct(texts, n):
     grams = []
     for text in texts:
-        words = words_of(text)
-        grams += zip(*(words[i:] for i in range(n)))
+        grams += zip(*(words_of(text)[i:] for i in range(n)))
     return len(set(grams)) / max(len(grams), 1)
 
 
@@ -648,6 +645,8 @@ def load(args):
             filled = get_peft_model_state_dict(model, adapter_name=own).keys()
             if filled != load_file(files[1]).keys() or not all("lora_" in x for x in filled):
                 raise ValueError("its tensors are not those of LoRA on this base")
+            model.base_model.set_adapter([own])
+            check_model(model)
     print(f"device {args.device}, dtype {model.dtype}")
     return (model, tokenizer), meta, systems
 
@@ -704,7 +703,7 @@ def main():
     aside.replace(args.out / "generations.jsonl")
 
     f = summarise(pd.concat([long_frame(outputs, args.threshold), measures]))
-    cells, last = table(f), [*judges][-1]
+    cells, last = table(f), checks.columns[-1]
     summary = cells.filter(regex=HEADLINE.replace("{}", re.escape(last)), axis=0).to_markdown()
     for name in checks.columns[checks.filter(["neutral", "benign"], axis=0).max() > 0.1]:
         summary = summary.replace(name, f"{name} (!)")

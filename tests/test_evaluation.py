@@ -143,7 +143,7 @@ def test_a_report_has_every_protocol_and_file(report):
         assert any(path.endswith(name) for path in record["sha256"])
 
 
-@pytest.mark.parametrize("fault", ["renamed", "half", "more", "other"])
+@pytest.mark.parametrize("fault", ["renamed", "half", "more", "other", "nan"])
 def test_an_adapter_that_does_not_fill_the_base_is_refused(
     stage, trained, tmp_path, capsys, fault
 ):
@@ -157,6 +157,8 @@ def test_an_adapter_that_does_not_fill_the_base_is_refused(
         }
     if fault == "half":
         tensors = {name: tensors[name] for name in names[::2]}
+    if fault == "nan":
+        tensors[names[1]].fill_(torch.nan)
     if fault == "more":
         tensors["base_model.model.more.lora_A.weight"] = torch.ones(2)
     if fault == "other":
@@ -164,7 +166,8 @@ def test_an_adapter_that_does_not_fill_the_base_is_refused(
     save_file(tensors, file)
     given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
     status = stage("04", "--run", trained, *given)
-    refused(capsys, status, "its tensors are not those of LoRA")
+    why = "nan" if fault == "nan" else "its tensors are not those of LoRA"
+    refused(capsys, status, str(tmp_path / "adapter"), why)
 
 
 def test_what_is_kept_is_not_computed_again(
