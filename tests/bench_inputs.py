@@ -159,8 +159,7 @@ def test_option(stage, prepare, tmp_path, capsys, number, seed):
     for name in chance.sample(names, chance.randrange(1, 3)):
         value = chance.choice(GIVEN)
         if name in ("--run", "--out"):
-            value = (
-                tmp_path / f"{value}.{chance.choice(['', 'jsonl', 'safetensors'])}"
-            )
+            end = chance.choice(["", ".jsonl", ".safetensors"])
+            value = f"{tmp_path}/{value}{end}"
         given = [*given, f"{name}={value}"]
     ends_well(stage, capsys, number, given)

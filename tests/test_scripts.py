@@ -191,6 +191,12 @@ def test_refuses_bad_options(stage, trained, tiny, tmp_path, capsys):
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+def test_make_refuses_a_run_with_a_space():
+    given = ["make", "-n", "all", "RUN=runs/my run"]
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "no spaces" in done.stderr
+
+
 def test_other_braces_of_a_prompt_are_text(stage, tiny, tmp_path):
     write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(2)])
     prompt = ["--prompt", '{"say": {}} {0}:']
