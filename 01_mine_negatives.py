@@ -588,7 +588,9 @@ def mine(seeds, done, args):
             other = args.generator
             writer = load_model(other, args.device, dtype=args.dtype) if other else target
             generate = LocalGenerator(*writer, args)
-    except (OSError, ValueError, RuntimeError, LookupError, AssertionError) as err:
+    except openai.OpenAIError:
+        raise  # `main` knows better what to say
+    except Exception as err:  # of many kinds
         fail(f"models: {' '.join(str(err).split())[:200]}; `make assets` fetches the default")
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same

@@ -591,7 +591,7 @@ def write_report(summary, checks, cells, outputs, worst, args):
         checks.to_markdown(floatfmt=".3f"),
         f"## All figures\n\n{cells.to_markdown()}",
         f"## Samples: rewrites\n\n{samples(outputs, args.show)}",
-        f"`{' '.join(sys.argv)}`",
+        f"{args.run}, {' '.join(f'{k}={p}' for k, p in args.adapter)}: `{' '.join(sys.argv)}`",
     ]
     (args.out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
