@@ -8,7 +8,7 @@ another round: other examples in the prompt, a little hotter.
 
 reads   data/seeds.jsonl          {"id", "group", "text"}; or plain text, ToxiGen's prompt files, a
                                   `datasets` name
-writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "positives",
+writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "made_by", "positives",
                                   "negatives", "rejected"}. Candidates are {"kind", "text",
                                   "toxicity", "similarity", "nll", "length_ratio", "overlap",
                                   "nll_distance", "rule"}; rule: "kept", or why it was rejected.
@@ -29,14 +29,13 @@ import random
 import re
 import sys
 import warnings
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 PAPER = (  # no rule but the order by ROUGE-L
-    "--rude 20 --clean 20 --insert 0 --rounds 1 --per-group 500 --toxic 0 --benign 1 --similar -1 "
+    "--rude 20 --clean 20 --insert 0 --rounds 1 --limit 500 --toxic 0 --benign 1 --similar -1 "
     "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
 )
 
@@ -70,8 +69,7 @@ def options():
     )
     g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
-    g.add_argument("--limit", type=count, help="use only the first so many seeds")
-    g.add_argument("--per-group", type=count, help="seeds of a group (paper: 500)")
+    g.add_argument("--limit", type=count, help="of each source's seeds (paper: 500 a group's file)")
     g = p.add_argument_group("models, by path or hub id")
     g.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM")
     g.add_argument(
@@ -131,6 +129,7 @@ import openai
 import pandas as pd
 import torch
 import transformers
+from filelock import FileLock
 from profanity_check import predict_prob
 from profanity_check.profanity_check import vectorizer
 from pydantic import BaseModel, Field, ValidationError
@@ -225,6 +224,7 @@ class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
     id: str
     group: str | None = None
     text: str = Field(min_length=1)
+    made_by: str = ""
 
 
 LAST = Field(pattern=r"\{\}(.|\n.)*$")  # {} stands in the last example
@@ -274,18 +274,24 @@ def read_source(spec, whole):
 
 def read_seeds(args):
     """Each text once; ids must be unique."""
-    seeds, texts, group_size = {}, {""}, Counter()
-    for seed in (x for spec in args.seeds for x in read_source(spec, args.preset)):
-        text, group = seed["text"].lower(), seed["group"]
+    seeds, texts = {}, {""}
+    made_by = (  # the same in all lines of a file
+        f"{args.model} {args.judge} {args.encoder} {args.preset} {args.examples} {args.seed} "
+        f"{args.rude} {args.clean} {args.rounds} {args.temperature} {args.insert} {args.toxic} "
+        f"{args.benign} {args.similar} {args.length} {args.distinct} {args.keep_positives} "
+        f"{args.keep_negatives}"
+    )
+    sources = (itertools.islice(read_source(x, args.preset), args.limit) for x in args.seeds)
+    for seed in itertools.chain(*sources):
+        text = seed["text"].lower()
         if seed["id"] in seeds:
             fail(f"{' '.join(args.seeds)}: id {seed['id']!r} stands more than once")
-        if text not in texts and (not group or group_size[group] != args.per_group):
-            seeds[seed["id"]] = seed
+        if text not in texts:
+            seeds[seed["id"]] = seed | {"made_by": made_by}
             texts.add(text)
-            group_size[group] += 1
     if not seeds:
         fail(f"{' '.join(args.seeds)} is empty: give one seed a line")
-    return list(seeds.values())[: args.limit]
+    return list(seeds.values())
 
 
 def count_done(path, seeds):
@@ -300,7 +306,7 @@ def count_done(path, seeds):
             where = f"{path}:{done + 1}"
             row = parse(line, where)
             if done == len(seeds) or row != seeds[done]:
-                fail(f"{where}: mined from other seeds: name another --run or remove it")
+                fail(f"{where}: of other seeds or options: name another --run or remove it")
             done, size = done + 1, size + len(line)
     return done
 
@@ -456,6 +462,7 @@ def load_judge(name, device):
     path, label = [*name.split("#"), "toxic"][:2]
     how = {"top_k": None, "truncation": True, "batch_size": 64}
     classify = transformers.pipeline("text-classification", path, device=device, **how)
+    classify(["long " * 400, "short"])  # fails here, if it must
     labels = classify.model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? Give {path}#LABEL, one of {', '.join(labels)}")
@@ -622,6 +629,8 @@ def main():
         args.prompts = parse(args.examples.read_text(), args.examples, Prompts)
     seeds = read_seeds(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{args.out}.lock", 0)  # one process a file
+    lock.acquire()
     done = count_done(args.out, seeds)
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")

@@ -17,6 +17,7 @@ import openai
 import pytest
 import torch
 import transformers
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -78,8 +79,8 @@ def test_formats_of_seeds(mining, options, tmp_path):
     )
     wanted = [("left_handed", x) for x in ("a one", "b two", "c three, and - more")]
     assert texts(toxigen) == wanted
-    assert texts(toxigen, plain, "--per-group", 2) == [*wanted[:2], *texts(plain)]
-    assert texts(toxigen, plain, "--limit", 4) == [*wanted, (None, "One line.")]
+    both = [*wanted[:1], (None, "One line.")]
+    assert texts(toxigen, plain, "--limit", 1) == both
     whole = [r"a one\n- b two\n", r"b two\n- c three, and - more\n"]
     assert texts(toxigen, "--preset", "paper") == [
         ("left_handed", text) for text in whole
@@ -218,7 +219,7 @@ def test_selection_rule(mining, options):
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):
     args = options("--preset", "paper", "--keep-negatives", 3)
-    assert (args.rude, args.clean, args.rounds, args.per_group, args.insert) == (
+    assert (args.rude, args.clean, args.rounds, args.limit, args.insert) == (
         20,
         20,
         1,
@@ -460,6 +461,18 @@ def test_a_killed_run_ends_with_the_same_anchors(run, whole, tmp_path):
     assert json.loads((tmp_path / "mining.json").read_text())["anchors"] == 10
 
 
+def test_other_options_do_not_continue_a_file(stage, whole, tiny, tmp_path, capsys):
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
+    (tmp_path / "mined.jsonl").write_bytes(whole.read_bytes())
+    given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    for other in (["--similar", 0.3], ["--rude", 9], ["--seed", 1]):
+        refused(capsys, stage("01", *given, *other), "other seeds or options")
+    with FileLock(tmp_path / "mined.jsonl.lock"), pytest.raises(OSError):
+        stage("01", *given)
+    assert (tmp_path / "mined.jsonl").read_bytes() == whole.read_bytes()
+    assert stage("01", *given) == 0
+
+
 def test_kill_9(run, whole, tiny, tmp_path):
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
     given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
@@ -509,22 +522,19 @@ def test_files_of_several_machines_are_read_together(stage, tiny, tmp_path, caps
 
 
 def test_refuses_an_output_of_other_seeds_or_with_a_bad_line(
-    stage, tmp_path, capsys
+    stage, whole, tiny, tmp_path, capsys
 ):
-    seeds, out = (
-        write_jsonl(tmp_path / "seeds.jsonl", SEEDS),
-        tmp_path / "mined.jsonl",
-    )
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
+    given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    more, out = json.dumps(mined_line(1)) + "\n", tmp_path / "mined.jsonl"
     bad = {
-        "{oops\n" + json.dumps(mined_line(1)) + "\n": "mined.jsonl:1",
-        json.dumps(mined_line(3)) + "\n": "other seeds",
-        "".join(
-            json.dumps(mined_line(i)) + "\n" for i in range(11)
-        ): "mined.jsonl:11",
+        "{oops\n" + more: "mined.jsonl:1",
+        more: "other seeds",
+        whole.read_text() + more: "mined.jsonl:11",
     }
     for content, words in bad.items():
         out.write_text(content)
-        refused(capsys, stage("01", "--seeds", seeds, "--run", tmp_path), words)
+        refused(capsys, stage("01", *given), words)
         assert out.read_text() == content
 
 
