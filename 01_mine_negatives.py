@@ -69,7 +69,9 @@ def options():
     )
     g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
     g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
-    g.add_argument("--limit", type=count, help="of each source's seeds (paper: 500 a group's file)")
+    g.add_argument(
+        "--limit", type=count, default=10**6, help="of a source's texts (paper: 500 a group)"
+    )
     g = p.add_argument_group("models, by path or hub id")
     g.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM")
     g.add_argument(
@@ -109,7 +111,7 @@ def options():
             f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
             f"--out {args.out}: a .jsonl file"
         )
-    if "@" in args.generator:
+    if re.match("http[^#]*@", args.generator):
         fail("--generator: its key belongs into OPENAI_API_KEY, not into the address")
     return args
 
@@ -260,35 +262,39 @@ def read_source(spec, whole):
         elif path.suffix in ("", ".txt", ".jsonl"):
             lines = path.read_text("utf-8-sig").rstrip("\n").split("\n")
         else:
-            raise ValueError("such files are datasets:json or datasets:csv")
-    except (ValueError, KeyError, OSError) as err:
+            raise ValueError("put it into a folder: datasets:FOLDER:train:COLUMN")
+    except Exception as err:  # of many kinds
         fail(f"--seeds {spec}: {str(err).splitlines()[0]}: `make data` writes the default")
     for n, line in enumerate(lines, 1):
         if path.suffix == ".jsonl":
             yield parse(line, f"{path}:{n}")
             continue
-        for k, text in enumerate(line.split("\n" if whole else "\\n")):
-            seed = {"id": f"{path.stem}:{n}.{k}", "group": toxigen and toxigen[1]}
-            yield seed | {"text": text.strip("- ")}
+        for k, text in enumerate(str(line or "").split("\n" if whole else "\\n")):
+            yield {
+                "id": f"{path.stem}:{n}.{k}",
+                "group": toxigen and toxigen[1],
+                "text": text.strip("- ").strip(),
+            }
 
 
 def read_seeds(args):
     """Each text once; ids must be unique."""
     seeds, texts = {}, {""}
     made_by = (  # the same in all lines of a file
-        f"{args.model} {args.judge} {args.encoder} {args.preset} {args.examples} {args.seed} "
-        f"{args.rude} {args.clean} {args.rounds} {args.temperature} {args.insert} {args.toxic} "
-        f"{args.benign} {args.similar} {args.length} {args.distinct} {args.keep_positives} "
-        f"{args.keep_negatives}"
+        f"{args.model} {args.generator.split('#')[-1]} {args.judge} {args.encoder} {args.preset} "
+        f"{args.examples} {args.seed} {args.rude} {args.clean} {args.rounds} {args.temperature} "
+        f"{args.insert} {args.toxic} {args.benign} {args.similar} {args.length} {args.distinct} "
+        f"{args.keep_positives} {args.keep_negatives}"
     )
-    sources = (itertools.islice(read_source(x, args.preset), args.limit) for x in args.seeds)
-    for seed in itertools.chain(*sources):
-        text = seed["text"].lower()
-        if seed["id"] in seeds:
-            fail(f"{' '.join(args.seeds)}: id {seed['id']!r} stands more than once")
-        if text not in texts:
-            seeds[seed["id"]] = seed | {"made_by": made_by}
-            texts.add(text)
+    for spec in args.seeds:
+        most = len(seeds) + args.limit
+        for seed in read_source(spec, args.preset):
+            text = seed["text"].lower()
+            if seed["id"] in seeds:
+                fail(f"{spec}: id {seed['id']!r} stands more than once")
+            if text not in texts and len(seeds) < most:
+                seeds[seed["id"]] = seed | {"made_by": made_by}
+                texts.add(text)
     if not seeds:
         fail(f"{' '.join(args.seeds)} is empty: give one seed a line")
     return list(seeds.values())
@@ -445,9 +451,8 @@ def server_generator(args):
                     return number, "" if cut else first_line(answer.text)
             raise openai.OpenAIError
 
-        numbers = [i for i in range(len(prompts)) for _ in range(count)]
         with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(pool.map(complete, numbers))
+            return list(pool.map(complete, [*range(len(prompts))] * count))
 
     return generate
 
@@ -460,8 +465,9 @@ def load_judge(name, device):
     if name == "profanity-check":
         return predict_prob
     path, label = [*name.split("#"), "toxic"][:2]
-    how = {"top_k": None, "truncation": True, "batch_size": 64}
-    classify = transformers.pipeline("text-classification", path, device=device, **how)
+    classify = transformers.pipeline(
+        "text-classification", path, device=device, top_k=None, truncation=True, batch_size=64
+    )
     classify(["long " * 400, "short"])  # fails here, if it must
     labels = classify.model.config.id2label.values()
     if label not in labels:
@@ -572,7 +578,8 @@ def mine_chunk(seeds, generate, scorers, args):
         drawn = [(lacking[i], text) for i, text in made if text]
         if kind == "negative" and turn == 0:
             chance, words = random.Random(args.seed), toxic_words(scorers[-1])
-            drawn += [(x, insert(x["text"], words, chance)) for x in lacking * args.insert]
+            some = lacking * args.insert if words else []
+            drawn += [(x, insert(x["text"], words, chance)) for x in some]
         candidates = score(drawn, kind, scorers, args) if drawn else []
         for (line, _), candidate in zip(drawn, candidates):
             line["rejected"].append(candidate)
@@ -626,7 +633,7 @@ def main():
     args.device = args.device or best_device()
     args.prompts = PAPER_PROMPTS if args.preset else PROMPTS
     if args.examples:
-        args.prompts = parse(args.examples.read_text(), args.examples, Prompts)
+        args.prompts = parse(args.examples.read_bytes(), args.examples, Prompts)
     seeds = read_seeds(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{args.out}.lock", 0)  # one process a file

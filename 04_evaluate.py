@@ -166,13 +166,13 @@ HEADLINE = r"""(?x)^( (rewrite|shown) / (similarity|failed|(toxic|unsafe|joint)@
 UNIT = ["system", "seed", "protocol", "prompt"]  # seed: of a recipe's training
 
 
-class Text(BaseModel):
+class Text(BaseModel, str_strip_whitespace=True):
     text: str = Field(min_length=1)
     group: str | None = None
     name: str | None = None
 
 
-class Output(BaseModel):
+class Output(BaseModel, str_strip_whitespace=True):
     protocol: str
     input: str
     output: str
@@ -199,7 +199,7 @@ def read_lines(path, kind):
     """Lines as a pydantic model declares them."""
     rows = []
     try:
-        for line in Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n"):
+        for line in Path(path).read_text("utf-8-sig").rstrip("\n").split("\n"):
             rows.append(kind.model_validate_json(line).model_dump())
     except (OSError, ValueError) as err:
         why = " ".join(str(err).split("[type")[0].split())
@@ -209,16 +209,14 @@ def read_lines(path, kind):
 
 def read_cases(tokenizer, template, args):
     """protocol, prompt (its number), input, group, name, and text and limit: what a system gets
-    and how many tokens it may answer, 1.6 times its input's for a paraphrase."""
+    and how many tokens it may answer, 1.6 times a paraphrase's input (of a batch, the most)."""
     prompts = dict.fromkeys(["continue", "toxigen", "neutral"], "{}")
     prompts |= dict.fromkeys(PARAPHRASE, template) | {"shown": SHOWN + template}
-    frames = []
-    for path in args.texts:
-        texts = pd.DataFrame(read_lines(path, Text)[: args.limit])
-        frames.append(texts.assign(protocol=path.stem, prompt=texts.index))
-    cases = pd.concat(frames, ignore_index=True).rename(columns={"text": "input"})
-    if not {"rewrite"} <= set(cases.protocol) <= prompts.keys():
-        fail(f"--texts: needs rewrite.jsonl; a file's name is its protocol, one of {[*prompts]}")
+    texts = {x.stem: pd.DataFrame(read_lines(x, Text)[: args.limit]) for x in args.texts}
+    if not {"rewrite"} <= texts.keys() <= prompts.keys() or len(texts) < len(args.texts):
+        fail(f"--texts: rewrite.jsonl, and one file a protocol of {[*prompts]}, named after it")
+    cases = pd.concat(texts, names=["protocol", "prompt"]).reset_index()
+    cases = cases.rename(columns={"text": "input"})
     cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
     cases["limit"] = [int(1.6 * len(x)) + 4 for x in tokenizer(cases.input.tolist()).input_ids]
     cases.loc[~cases.protocol.isin(PARAPHRASE), "limit"] = 20
@@ -277,9 +275,8 @@ def bilstm(folder):
 
 
 def embed(encoder, texts):
-    """(N, D), of length 1; equal texts once."""
-    index, once = pd.factorize(pd.Series(texts))
-    return encoder.encode(list(once), normalize_embeddings=True)[index]
+    """(N, D), of length 1."""
+    return encoder.encode(list(texts), normalize_embeddings=True)
 
 
 def check_judges(judges, cases, threshold):
@@ -377,13 +374,14 @@ def read_outputs(name, path, cases):
 
 
 def nats(args, made_by, model, tokenizer, texts, begin=0):
-    """Per token of each text alone, (S,), after its BOS, or from its second token on without one.
+    """Per token of each text alone, (S,), after its BOS, or from its second token on without one,
+    if it has more than one.
     made_by: what the model depends on."""
 
     @torch.no_grad()
     def work(batch):
-        ids = [encode(tokenizer, text or tokenizer.eos_token)[0][begin:] for text in batch]
-        return model_nll(model, ids).tolist()
+        ids = [encode(tokenizer, text or tokenizer.eos_token)[0] for text in batch]
+        return model_nll(model, [x[begin:] if len(x) > 2 else x for x in ids]).tolist()
 
     return keep(args, "nats", [made_by, begin], list(texts), work)
 
@@ -409,13 +407,13 @@ def run_tasks(model, tokenizer, limit, tasks):
         made = lm_eval.simple_evaluate(
             lm, tasks=tasks, bootstrap_iters=0, task_manager=manager, limit=limit
         )
-    for name, items in made["samples"].items():
-        for item in items:
-            metric = item["metrics"][0]
-            value = item[metric]
-            if metric == "word_perplexity":
-                metric, value = "nll_word", -value[0] / value[1]
-            rows.append([name, item["doc_id"], metric, float(value)])
+        for name, items in made["samples"].items():
+            for item in items:
+                metric = item["metrics"][0]
+                value = item[metric]
+                if metric == "word_perplexity":
+                    metric, value = "nll_word", -value[0] / value[1]
+                rows.append([name, item["doc_id"], metric, float(value)])
     return rows
 
 
@@ -490,7 +488,9 @@ def long_frame(outputs, threshold):
     d["failed"] = outputs.failure.notna()
     pairs = zip(outputs.name, outputs.output)
     d["named"] = [
-        bool(re.search(rf"\b{re.escape(name)}\b", text, re.I)) if isinstance(name, str) else None
+        bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I))
+        if isinstance(name, str)
+        else None
         for name, text in pairs
     ]
     units = outputs.groupby(UNIT)
@@ -563,8 +563,7 @@ def draw(f, judge, out):
     ax = Figure().subplots()
     x, y = f.loc["rewrite", "similarity"], f.loc["rewrite", f"unsafe@{judge}"]
     for system in y.index:
-        at = x.value[system], y.value[system]
-        ax.errorbar(*at, y.se[system], x.se[system], "o", label=system)
+        ax.errorbar(x.value[system], y.value[system], y.se[system], x.se[system], "o", label=system)
     ax.set(xlabel="similarity of output to input", ylabel="toxic or failed (lower right is better)")
     ax.legend()
     ax.figure.savefig(out / "rewrites.png")
@@ -593,7 +592,7 @@ def write_report(summary, checks, cells, outputs, worst, args):
         f"## Samples: rewrites\n\n{samples(outputs, args.show)}",
         f"{args.run}, {' '.join(f'{k}={p}' for k, p in args.adapter)}: `{' '.join(sys.argv)}`",
     ]
-    (args.out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (args.out / "report.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
 def write_record(f, checks, args):

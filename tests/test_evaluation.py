@@ -95,7 +95,13 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     refused(capsys, status("--texts", rewrite), "rewrite.jsonl:2", "text")
     refused(capsys, status("--texts", tmp_path / "none.jsonl"), "make assets data")
     other = write_jsonl(tmp_path / "other.jsonl", TOXIC)
-    refused(capsys, status("--texts", other), "a file's name is its protocol")
+    refused(
+        capsys, status("--texts", other), "rewrite.jsonl, and one file a protocol"
+    )
+    twice = [write_jsonl(tmp_path / f"{x}/rewrite.jsonl", TOXIC) for x in "cd"]
+    refused(
+        capsys, status("--texts", *twice), "rewrite.jsonl, and one file a protocol"
+    )
     for option in ("--encoder", "--judge", "--fluency"):
         refused(capsys, status(option, "/none"), option)
     refused(capsys, status("--device", "cuda:9"), "CUDA")
@@ -360,6 +366,14 @@ def test_some_texts_have_no_name(module):
     assert long[long.metric == "named"].value.tolist() == [0.5]
 
 
+def test_a_name_may_end_in_a_sign(module):
+    outputs = scored(SAID[:1]).assign(
+        name="LGBTQ+", output="the LGBTQ+ people came"
+    )
+    long = module.long_frame(outputs, 0.5)
+    assert long[long.metric == "named"].value.tolist() == [1]
+
+
 def test_names_are_no_patterns(module):
     outputs = scored(SAID).assign(name="C (old", output="they use C (older")
     long = module.long_frame(outputs, 0.5)
@@ -417,6 +431,9 @@ def test_nats_of_texts(module, tiny, tmp_path):
                 loss = model(ids, labels=ids).loss.item()
             assert value == pytest.approx(loss, rel=1e-5)
     assert module.nats(args, "x", *lm, [""])[0] > 0
+    assert module.nats(args, "x", *lm, ["a"], 1) == module.nats(
+        args, "x", *lm, ["a"]
+    )
 
 
 def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):

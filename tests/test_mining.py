@@ -81,6 +81,7 @@ def test_formats_of_seeds(mining, options, tmp_path):
     assert texts(toxigen) == wanted
     both = [*wanted[:1], (None, "One line.")]
     assert texts(toxigen, plain, "--limit", 1) == both
+    assert texts(toxigen, "--limit", 3) == wanted
     whole = [r"a one\n- b two\n", r"b two\n- c three, and - more\n"]
     assert texts(toxigen, "--preset", "paper") == [
         ("left_handed", text) for text in whole
@@ -88,8 +89,14 @@ def test_formats_of_seeds(mining, options, tmp_path):
     odd = tmp_path / "odd.txt"
     odd.write_bytes("\ufeffOne\u2028line.\r\nTwo.".encode())
     assert texts(odd) == [(None, "One\u2028line."), (None, "Two.")]
+    odd.write_text("\t\n\u3000\nA tab.\t\n A wide space.\u3000\n\xa0- Hard.\xa0\n")
+    seeds = mining.read_seeds(options("--seeds", odd, "--limit", 2))
+    assert [seed["text"] for seed in seeds] == ["A tab.", "A wide space."]
+    for seed in seeds:  # as a resumed run reads it
+        assert mining.parse(json.dumps(seed), odd) == seed
 
-    write_jsonl(tmp_path / "set/train.jsonl", [{"sentence": "From a data set."}])
+    rows = [{"sentence": x} for x in ("From a data set.\n", None)]
+    write_jsonl(tmp_path / "set/train.jsonl", rows)
     seeds = write_jsonl(
         tmp_path / "s.jsonl", [{"id": 1, "group": "g", "text": "A seed. "}]
     )
@@ -465,7 +472,13 @@ def test_other_options_do_not_continue_a_file(stage, whole, tiny, tmp_path, caps
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
     (tmp_path / "mined.jsonl").write_bytes(whole.read_bytes())
     given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
-    for other in (["--similar", 0.3], ["--rude", 9], ["--seed", 1]):
+    different = [
+        ["--similar", 0.3],
+        ["--rude", 9],
+        ["--seed", 1],
+        ["--generator", REAL],
+    ]
+    for other in different:
         refused(capsys, stage("01", *given, *other), "other seeds or options")
     with FileLock(tmp_path / "mined.jsonl.lock"), pytest.raises(OSError):
         stage("01", *given)
