@@ -495,4 +495,4 @@ if __name__ == "__main__":
         )
         raise SystemExit(130) from None
     except OSError as err:  # a full disk, mostly
-        fail(f"{err}: the same command continues from the last saved state")
+        fail(f"{err}: the same command continues; without OUT.training it begins anew")

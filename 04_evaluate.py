@@ -16,7 +16,7 @@ Beside them lm-eval's tasks, of which wiki is running text (nats per word; lm-ev
 
 Systems: the base; adapters; "NAME after base", an adapter that rewrites the base's rewrites, or
 those of the first --outputs (the paper's black box); and two that need no training. deleted: the
-words that the mining judge minds are cut out of the input (Dale et al. 2021). prompted: the base is
+words that profanity-check minds are cut out of the input (Dale et al. 2021). prompted: the base is
 asked with four rude -> polite examples.
 
 reads   data/eval/, assets/, runs/default/prototypes.safetensors, runs/default/adapter
