@@ -28,7 +28,6 @@ import os
 import random
 import re
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -427,7 +426,7 @@ class LocalGenerator:
             self.model.set_attn_implementation("shared_prefix")
         ends = [torch.tensor(x[len(prefix) :]) for x in ids]
         size, lines = max(self.args.batch_size // count, 1), []
-        for first in range(0, len(ends), size):
+        for first in tqdm(range(0, len(ends), size), "rewrites", leave=False):
             made = self.sample(ends[first : first + size], limit, count, temperature)
             lines += [(first + which, text) for which, text in made]
         self.model.set_attn_implementation(usual)
@@ -640,7 +639,6 @@ def main():
     lock.acquire()
     done = count_done(args.out, seeds)
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
     try:
         if done < len(seeds):
             mine(seeds, done, args)
