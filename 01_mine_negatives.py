@@ -263,7 +263,7 @@ def read_source(spec, whole):
         else:
             raise ValueError("put it into a folder: datasets:FOLDER:train:COLUMN")
     except Exception as err:  # of many kinds
-        fail(f"--seeds {spec}: {str(err).splitlines()[0]}: `make data` writes the default")
+        fail(f"--seeds {spec}: {' '.join(str(err).split())[:200]}: `make data` writes the default")
     for n, line in enumerate(lines, 1):
         if path.suffix == ".jsonl":
             yield parse(line, f"{path}:{n}")

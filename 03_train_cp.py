@@ -258,7 +258,7 @@ def utility_step(model, store, chosen, args):
     texts = [store.ids[i][store.start[i] :] for i in some]
     ids = torch.cat([store.input_ids[:1], *texts])[None].to(model.device)  # (1, T), after a BOS
     with autocast(model):
-        model.base_model.disable_adapter_layers()  # model.disable_adapter() takes as long as a pass
+        model.base_model.disable_adapter_layers()  # model.disable_adapter() first inspects them all
         with torch.no_grad():
             base = model(ids).logits[0].float().log_softmax(-1)  # (T, V)
         model.base_model.enable_adapter_layers()
