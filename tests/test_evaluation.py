@@ -256,6 +256,15 @@ def test_seeds_of_a_recipe_and_other_systems(
     assert {"ours after same"} < set(got["rewrite/similarity"])
 
 
+def test_others_outputs_are_stripped_as_our_own(module, tmp_path):
+    said = {"protocol": "rewrite", "input": "You fool. ", "output": " You. "}
+    path = write_jsonl(tmp_path / "said.jsonl", [said])
+    cases = pd.DataFrame(
+        [{"protocol": "rewrite", "input": "You fool.", "prompt": 0}]
+    )
+    assert module.read_outputs("x", path, cases).output.tolist() == ["You."]
+
+
 def test_outputs_that_do_not_fit_are_refused(
     stage, command, report, tmp_path, capsys
 ):

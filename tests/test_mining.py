@@ -159,6 +159,15 @@ def test_models_that_cannot_be_had(stage, tiny, tmp_path, capsys, option):
     refused(capsys, stage("01", *given), "models: ")
 
 
+def test_a_judge_may_mind_no_word(stage, mining, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "toxic_words", lambda _: [])
+    seeds = write_jsonl(
+        tmp_path / "s.jsonl", [{"id": 1, "text": "A seed is here."}]
+    )
+    small = ["--rounds", 1, "--rude", 1, "--clean", 1, "--run", tmp_path]
+    assert stage("01", "--model", tiny, "--seeds", seeds, *small) == 0
+
+
 def test_a_foreign_file_is_not_cut(stage, tmp_path, capsys):
     path = tmp_path / "notes.jsonl"
     path.write_text("my notes")
