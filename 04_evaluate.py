@@ -167,7 +167,7 @@ UNIT = ["system", "seed", "protocol", "prompt"]  # seed: of a recipe's training
 
 
 class Text(BaseModel, str_strip_whitespace=True):
-    text: str = Field(min_length=1)
+    input: str = Field(min_length=1, validation_alias="text")
     group: str | None = None
     name: str | None = None
 
@@ -213,10 +213,9 @@ def read_cases(tokenizer, template, args):
     prompts = dict.fromkeys(["continue", "toxigen", "neutral"], "{}")
     prompts |= dict.fromkeys(PARAPHRASE, template) | {"shown": SHOWN + template}
     texts = {x.stem: pd.DataFrame(read_lines(x, Text)[: args.limit]) for x in args.texts}
-    if not {"rewrite"} <= texts.keys() <= prompts.keys() or len(texts) < len(args.texts):
+    if "rewrite" not in texts or texts.keys() - prompts or len(texts) < len(args.texts):
         fail(f"--texts: rewrite.jsonl, and one file a protocol of {[*prompts]}, named after it")
     cases = pd.concat(texts, names=["protocol", "prompt"]).reset_index()
-    cases = cases.rename(columns={"text": "input"})
     cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
     cases["limit"] = [int(1.6 * len(x)) + 4 for x in tokenizer(cases.input.tolist()).input_ids]
     cases.loc[~cases.protocol.isin(PARAPHRASE), "limit"] = 20
@@ -232,16 +231,10 @@ def load_judge(name, device):
     if Path(name, "words.json").is_file():
         return bilstm(Path(name))
     path, label = [*name.split("#"), "toxic"][:2]
-    with readable(f"--judge {path}", "give a sequence classifier"):
-        classify = transformers.pipeline(
-            "text-classification",
-            path,
-            device=device,
-            top_k=None,
-            truncation=True,
-            batch_size=32,
-        )
-        labels = classify.model.config.id2label.values()
+    classify = transformers.pipeline(
+        "text-classification", path, device=device, top_k=None, truncation=True, batch_size=32
+    )
+    labels = classify.model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? {path}#LABEL, of {', '.join(labels)}")
 
@@ -275,8 +268,9 @@ def bilstm(folder):
 
 
 def embed(encoder, texts):
-    """(N, D), of length 1."""
-    return encoder.encode(list(texts), normalize_embeddings=True)
+    """(N, D), of length 1; equal texts once."""
+    index, once = texts.factorize()
+    return encoder.encode(list(once), normalize_embeddings=True)[index]
 
 
 def check_judges(judges, cases, threshold):
@@ -456,7 +450,7 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     each judge, nats per token under the base and --fluency, and why an output failed. Returns the
     bound for garbled: nats that 99% of plain, the project's own sentences, stay under."""
     texts = outputs.output.tolist()
-    vectors = embed(encoder, texts)
+    vectors = embed(encoder, outputs.output)
     outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
     outputs["clean"] = (vectors * embed(encoder, outputs.input.map(hidden))).sum(1)
     empty = outputs.output == ""
@@ -476,7 +470,8 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
 def distinct(texts, n):
     grams = []
     for text in texts:
-        grams += zip(*(words_of(text)[i:] for i in range(n)))
+        words = words_of(text)
+        grams += zip(*(words[i:] for i in range(n)))
     return len(set(grams)) / max(len(grams), 1)
 
 
@@ -590,9 +585,9 @@ def write_report(summary, checks, cells, outputs, worst, args):
         checks.to_markdown(floatfmt=".3f"),
         f"## All figures\n\n{cells.to_markdown()}",
         f"## Samples: rewrites\n\n{samples(outputs, args.show)}",
-        f"{args.run}, {' '.join(f'{k}={p}' for k, p in args.adapter)}: `{' '.join(sys.argv)}`",
+        f"{args.run}, {' '.join(f'{k}={p}' for k, p in args.adapter)}: `{' '.join(sys.argv)}`\n",
     ]
-    (args.out / "report.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+    (args.out / "report.md").write_text("\n\n".join(parts), "utf-8")
 
 
 def write_record(f, checks, args):
@@ -687,11 +682,12 @@ def main():
     cases = read_cases(lm[1], meta["prompt"], args)
     with readable(f"--encoder {args.encoder}", "give a sentence encoder"):
         encoder = SentenceTransformer(args.encoder, device=args.device)
-    judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
-    checks = check_judges(judges, cases, args.threshold)
+    with readable(f"--judge {' '.join(args.judge)}", "give sequence classifiers"):
+        judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
+        checks = check_judges(judges, cases, args.threshold)
     with readable("--fluency", "give a causal LM"):
         larger = args.fluency and load_model(args.fluency, args.device)
-    plain = [x["text"] for x in read_lines(NEUTRAL, Text)]
+    plain = [x["input"] for x in read_lines(NEUTRAL, Text)]
     Path(args.out, "kept").mkdir(parents=True, exist_ok=True)
 
     outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)

@@ -31,7 +31,7 @@ Departures from the paper, each a choice of the caller; README says what each on
  1. tau divides inside the exponent. As printed, outside of it, it cancels from J.
  2. phi="nll" is log-perplexity (what the official code uses); "perplexity" the paper's text.
  3. distance="signed" takes phi - c, not |phi - c|, for negatives. The absolute distance rewards
-    making a negative that is already likelier than the prototype (most mined ones are) likelier.
+    making a negative that is already likelier than the prototype likelier (of mined ones a third).
  4. `prototype` fixes c, for example to the base model's. None is the paper's: the positives' own.
  5. aim and hold keep the positives' level. The paper's J is blind to it.
  6. phi is a mean over a sequence's own tokens and c over the anchor's own positives. The official

@@ -108,6 +108,18 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_judge_that_cannot_pad_is_refused(
+    stage, command, classifier, tmp_path, capsys
+):
+    shutil.copytree(classifier, tmp_path / "judge")
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "judge")
+    given = ["--judge", tmp_path / "judge", "--out", tmp_path / "a"]
+    refused(capsys, stage(*command, *given), "--judge", "pad")
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_adapter_of_another_base_is_refused(
     stage, command, trained, tmp_path, capsys
 ):

@@ -495,6 +495,21 @@ def test_other_options_do_not_continue_a_file(stage, whole, tiny, tmp_path, caps
     assert stage("01", *given) == 0
 
 
+def test_each_option_shapes_the_lines_or_is_known_not_to(mining, options, tmp_path):
+    """`made_by` names them one by one: a new option must be put there, or here."""
+    free = {"seeds", "run", "out", "limit", "device", "dtype", "batch_size"}
+    free |= {"concurrency", "chunk"}
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
+    args = options("--seeds", seeds)
+    (before,) = mining.read_seeds(args)
+    for name in vars(args).keys() - free:
+        usual = getattr(args, name)
+        setattr(args, name, "other")
+        (after,) = mining.read_seeds(args)
+        assert after["made_by"] != before["made_by"], name
+        setattr(args, name, usual)
+
+
 def test_kill_9(run, whole, tiny, tmp_path):
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
     given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
