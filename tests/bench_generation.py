@@ -66,18 +66,21 @@ def generate_plainly(model, tokenizer, texts, size: int, **how) -> list[list[int
 
 
 def load(given):
-    """The embedded model, or a random one of a shape, whose tokenizer is the embedded one's."""
+    """The embedded model, or a random one of a shape with the embedded one's tokenizer."""
     sys.argv = ["01"]
-    args = mining.options()
-    device = mining.best_device()
-    how = {"dtype": mining.best_dtype(device)}
-    model, tokenizer = mining.load_model(args.model, device, **how)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    name, device = mining.options().model, mining.best_device()
     if given.shape:
         from bench_shapes import SHAPES, build
 
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, padding_side="left"
+        )
         SHAPES[given.shape].vocab_size = len(tokenizer)
         model = build(given.shape, 16, torch.device(device))
+    else:
+        how = {"dtype": mining.best_dtype(device)}
+        model, tokenizer = mining.load_model(name, device, **how)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model, tokenizer
 
 
