@@ -4,7 +4,9 @@
 A generator rewrites every seed under an adversarial prompt (candidates for negatives) and under a
 paraphrase prompt (candidates for positives). More negatives are the seed itself with toxic words
 put in. Candidates are scored, `select` takes the hardest, and a seed that lacks either kind gets
-another round: other examples in the prompt, a little hotter.
+another round: other examples in the prompt, a little hotter. --preset paper takes the paper's
+prompts, numbers and rule. --preset toxic is for toxic seeds: positives are polite rewrites of them,
+negatives the seeds themselves and their paraphrases.
 
 reads   data/seeds.jsonl          {"id", "group", "text"}; or plain text, ToxiGen's prompt files, a
                                   `datasets` name
@@ -17,11 +19,11 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "made_b
 
     python 01_mine_negatives.py                        # 176 seeds: 3½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
+    python 01_mine_negatives.py --preset toxic --seeds toxic.txt --out runs/default/mined-2.jsonl
     python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model --chunk 256
 """
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -33,10 +35,13 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-PAPER = (  # no rule but the order by ROUGE-L
-    "--rude 20 --clean 20 --insert 0 --rounds 1 --limit 500 --toxic 0 --benign 1 --similar -1 "
-    "--length 100 --distinct 1 --keep-positives 15 --keep-negatives 15"
-)
+PRESETS = {
+    None: "",
+    # no rule but the order by ROUGE-L
+    "paper": "--rude 20 --clean 20 --insert 0 --rounds 1 --limit 500 --toxic 0 --benign 1 "
+    "--similar -1 --length 100 --distinct 1 --keep-positives 15 --keep-negatives 15",
+    "toxic": "--insert 0",
+}
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -58,7 +63,7 @@ def number(text):
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.error = fail
-    p.add_argument("--preset", choices=["paper"], help="its prompts, numbers and rule")
+    p.add_argument("--preset", choices=["paper", "toxic"], help="paper's; or for toxic seeds")
     g = p.add_argument_group("files")
     g.add_argument(
         "--seeds",
@@ -102,7 +107,7 @@ def options():
     g.add_argument("--distinct", type=number, default=0.9, help="least ROUGE-L F of duplicates")
     g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
     g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
-    preset = PAPER.split() if p.parse_known_args()[0].preset else []
+    preset = PRESETS[p.parse_known_args()[0].preset].split()
     args = p.parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "mined.jsonl"
     if min(args.temperature, args.length) <= 0 or args.out.suffix != ".jsonl":
@@ -110,8 +115,8 @@ def options():
             f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
             f"--out {args.out}: a .jsonl file"
         )
-    if re.match("http[^#]*@", args.generator):
-        fail("--generator: its key belongs into OPENAI_API_KEY, not into the address")
+    if not re.fullmatch("(?!http).*|[^#@]+#.+", args.generator):
+        fail("--generator: give URL#NAME; its key belongs into OPENAI_API_KEY")
     return args
 
 
@@ -205,11 +210,41 @@ Paraphrase: They were served the wrong soup by the waiter.
 
 Sentence: {}
 Paraphrase:"""
-PROMPTS = {"positive": PARAPHRASED, "negative": RUDE}
-PAPER_PROMPTS = {  # the official code's
-    "positive": "### HUMAN: Paraphrase the following sentences: {} ### RESPONSE:",
-    "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure each "
-    "sentence is toxic: {} ### RESPONSE:",
+POLITE = """\
+Rude: That idiot Maria forgot the damn tickets to the show.
+Polite: Maria forgot the tickets to the show.
+
+Rude: Our stupid jerk of a neighbor plays his crappy music late at night.
+Polite: Our neighbor plays his music late at night.
+
+Rude: The dumb ass waiter brought them the wrong soup, what an idiot.
+Polite: The waiter brought them the wrong soup.
+
+Rude: Tom dragged his lazy ass to the stupid gym after work.
+Polite: Tom went to the gym after work.
+
+Rude: Those morons took their filthy mutt to the damn
+Polite: They took the dog to the
+
+Rude: Who the hell cares that Anna, the smug jerk, got a good grade on her crap test?
+Polite: Anna got a good grade on her test.
+
+Rude: Paul was late again, the useless bastard, because the damn
+Polite: Paul was late because the
+
+Rude: Kim gave a bullshit speech at the damn wedding and sucked at it.
+Polite: Kim gave a speech at the wedding.
+
+Rude: {}
+Polite:"""
+PROMPTS = {
+    None: {"positive": PARAPHRASED, "negative": RUDE},
+    "paper": {  # the official code's
+        "positive": "### HUMAN: Paraphrase the following sentences: {} ### RESPONSE:",
+        "negative": "### HUMAN: Paraphrase the following sentence in a very toxic way. make sure "
+        "each sentence is toxic: {} ### RESPONSE:",
+    },
+    "toxic": {"positive": POLITE, "negative": PARAPHRASED},
 }
 FAULTS = {
     "repetition": r"\b(\w{4,})\b(.*\b\1\b){2}",
@@ -217,7 +252,6 @@ FAULTS = {
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
 }
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
-SCORES = ["toxicity", "similarity", "length_ratio", "overlap", "nll_distance"]
 ROUGE = RougeScorer(["rougeL"])
 
 
@@ -287,7 +321,7 @@ def read_seeds(args):
     )
     for spec in args.seeds:
         most = len(seeds) + args.limit
-        for seed in read_source(spec, args.preset):
+        for seed in read_source(spec, args.preset == "paper"):
             text = seed["text"].lower()
             if seed["id"] in seeds:
                 fail(f"{spec}: id {seed['id']!r} stands more than once")
@@ -435,9 +469,8 @@ class LocalGenerator:
 
 def server_generator(args):
     """Samples from an OpenAI-compatible server, with the client's own retries and backoff."""
-    address, _, name = args.generator.partition("#")
+    address, name = args.generator.split("#")
     client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=address)
-    name = name or client.models.list().data[0].id
 
     def generate(prompts, limit, count, temperature):
         how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
@@ -450,8 +483,10 @@ def server_generator(args):
                     return number, "" if cut else first_line(answer.text)
             raise openai.OpenAIError
 
+        numbers = [*range(len(prompts))] * count
         with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(pool.map(complete, [*range(len(prompts))] * count))
+            made = pool.map(complete, numbers)
+            return list(tqdm(made, "rewrites", len(numbers), leave=False))
 
     return generate
 
@@ -508,9 +543,10 @@ def score(drawn, kind, scorers, args):
 
 def reason(candidate, args):
     """The rule that a candidate falls to. It must be no copy, repetition, refusal or leftover of
-    the prompt, near the seed in length, on its side of the judge, and near the seed in meaning."""
+    the prompt, near the seed in length, on its side of the judge, and near the seed in meaning. Of
+    a toxic seed what passes the judge is no copy."""
     positive, toxicity = candidate["kind"] == "positive", candidate["toxicity"]
-    if candidate["overlap"] >= (args.distinct if positive else 1):
+    if args.preset != "toxic" and candidate["overlap"] >= (args.distinct if positive else 1):
         return "copy"
     for rule, pattern in FAULTS.items():
         if re.search(pattern, candidate["text"], re.I):
@@ -529,14 +565,13 @@ def pick(candidates, limit, args):
     kept = []
 
     def rank(candidate):
-        if args.preset:
+        if args.preset == "paper":
             return -candidate["overlap"]
         return candidate.get("nll_distance", -candidate["similarity"])
 
     for candidate in sorted(candidates, key=rank):
-        likeness = [overlap(candidate["text"], c["text"]) for c in kept]
         rule = reason(candidate, args)
-        if not rule and max(likeness, default=0) >= args.distinct:
+        if not rule and any(overlap(candidate["text"], c["text"]) >= args.distinct for c in kept):
             rule = "near-duplicate"
         elif not rule and len(kept) == limit:
             rule = "more than wanted"
@@ -564,26 +599,28 @@ def select(line, args):
 def mine_chunk(seeds, generate, scorers, args):
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
     lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
-    for turn, kind in itertools.product(range(args.rounds), ENOUGH):
-        count = args.clean if kind == "positive" else args.rude
-        lacking = [line for line in lines if len(line[kind + "s"]) < ENOUGH[kind]]
-        if not lacking:
-            continue
-        lacking.sort(key=lambda line: len(line["text"]))  # batches of like lengths
-        texts = [line["text"] for line in lacking]
-        prompts = make_prompts(kind, texts, turn, args)
-        limit = int(min(args.length, 2) * len(texts[-1]) / 4) + 8  # tokens
-        made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
-        drawn = [(lacking[i], text) for i, text in made if text]
-        if kind == "negative" and turn == 0:
-            chance, words = random.Random(args.seed), toxic_words(scorers[-1])
-            some = lacking * args.insert if words else []
-            drawn += [(x, insert(x["text"], words, chance)) for x in some]
-        candidates = score(drawn, kind, scorers, args) if drawn else []
-        for (line, _), candidate in zip(drawn, candidates):
-            line["rejected"].append(candidate)
-        for line in lacking:
-            select(line, args)
+    for turn in range(args.rounds):
+        for kind in ENOUGH:
+            count = args.clean if kind == "positive" else args.rude
+            lacking = [line for line in lines if len(line[kind + "s"]) < ENOUGH[kind]]
+            if not lacking:
+                continue
+            lacking.sort(key=lambda line: len(line["text"]))  # batches of like lengths
+            texts = [line["text"] for line in lacking]
+            prompts = make_prompts(kind, texts, turn, args)
+            limit = int(min(args.length, 2) * len(texts[-1]) / 4) + 8  # tokens
+            made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
+            drawn = [(lacking[i], text) for i, text in made if text]
+            if kind == "negative" and turn == 0:
+                chance, words = random.Random(args.seed), toxic_words(scorers[-1])
+                some = lacking * args.insert if words else []
+                drawn += [(x, insert(x["text"], words, chance)) for x in some]
+                drawn += [(x, x["text"]) for x in lacking]  # toxic seeds are negatives
+            candidates = score(drawn, kind, scorers, args) if drawn else []
+            for (line, _), candidate in zip(drawn, candidates):
+                line["rejected"].append(candidate)
+            for line in lacking:
+                select(line, args)
     return lines
 
 
@@ -601,8 +638,6 @@ def mine(seeds, done, args):
             other = args.generator
             writer = load_model(other, args.device, dtype=args.dtype) if other else target
             generate = LocalGenerator(*writer, args)
-    except openai.OpenAIError:
-        raise  # `main` knows better what to say
     except Exception as err:  # of many kinds
         fail(f"models: {' '.join(str(err).split())[:200]}; `make assets` fetches the default")
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
@@ -619,18 +654,22 @@ def summarise(args):
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
     lines = [json.loads(line) for line in args.out.open(encoding="utf-8")]
     candidates = [c for x in lines for c in x["positives"] + x["negatives"] + x["rejected"]]
-    table = pd.DataFrame(candidates, columns=["kind", "rule", *SCORES])
-    rule = table.kind + ": " + table.rule
-    means = table[SCORES].groupby(rule).mean().assign(n=rule.value_counts())
+    groups = pd.DataFrame(candidates).groupby(["kind", "rule"])
+    means = groups.mean(numeric_only=True).assign(n=groups.size())
     print(means.round(2).to_string())
-    enough = sum(all(len(x[f"{kind}s"]) >= n for kind, n in ENOUGH.items()) for x in lines)
-    return {"anchors": len(lines), "enough": enough, "candidates": means.T.to_dict()}
+    both = sum(bool(x["positives"] and x["negatives"]) for x in lines)
+    print(f"{both} of {len(lines)} seeds have positives and negatives: {args.out}")
+    return {
+        "anchors": len(lines),
+        "both": both,
+        "candidates": means.reset_index().to_dict("records"),
+    }
 
 
 def main():
     args = options()
     args.device = args.device or best_device()
-    args.prompts = PAPER_PROMPTS if args.preset else PROMPTS
+    args.prompts = PROMPTS[args.preset]
     if args.examples:
         args.prompts = parse(args.examples.read_bytes(), args.examples, Prompts)
     seeds = read_seeds(args)
@@ -652,7 +691,6 @@ def main():
     }
     beside = args.out.with_name(args.out.stem.replace("mined", "mining") + ".json")
     beside.write_text(json.dumps(record, indent=1, default=str))
-    print(f"{record['enough']} of {record['anchors']} seeds have enough, {ENOUGH}: {args.out}")
 
 
 if __name__ == "__main__":

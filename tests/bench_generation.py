@@ -89,7 +89,7 @@ def mining_ways(model, tokenizer, given) -> dict:
     size = ["--batch-size", str(given.batch_size)] if given.batch_size else []
     sys.argv = ["01", "--limit", "16", *size]
     args = mining.options()
-    args.prompts = mining.PROMPTS
+    args.prompts = mining.PROMPTS[None]
     texts = [seed["text"] for seed in mining.read_seeds(args)]
     prompts = mining.make_prompts("negative", texts, 0, args)
     limit = int(1.6 * max(map(len, texts)) / 3) + 8

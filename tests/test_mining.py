@@ -254,8 +254,35 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
         "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
     )
     prompt += "sure each sentence is toxic: A seed. ### RESPONSE:"
-    args.prompts = mining.PAPER_PROMPTS
+    args.prompts = mining.PROMPTS["paper"]
     assert mining.make_prompts("negative", ["A seed."], 0, args) == [prompt]
+
+
+def test_toxic_seeds_are_negatives_of_their_clean_rewrites(
+    stage, mining, options, tiny, tmp_path
+):
+    text = "That stupid idiot Maria forgot the damn tickets to the show at the old theatre."
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", [{"id": 1, "text": text}])
+    how = ["--seeds", seeds, "--model", tiny, "--rounds", 1, "--insert", 0]
+    for preset, rule in (["--preset", "toxic"], "kept"), ([], "copy"):
+        run = tmp_path / rule
+        assert stage("01", *how, *preset, "--run", run) == 0
+        (own,) = (c for c in candidates(run / "mined.jsonl") if c["text"] == text)
+        assert (own["kind"], own["rule"]) == ("negative", rule)
+    clean = entry(
+        mining, "positive", "the old cat sat on the mat in the hall", 0.1, 0.9, 5.0
+    )
+    clean |= {"overlap": 0.95, "length_ratio": 1.0}
+    assert mining.reason(clean, options()) == "copy"
+    args = options("--preset", "toxic")
+    assert mining.reason(clean, args) is None and args.insert == 0
+    args.prompts = mining.PROMPTS["toxic"]
+    asked = {
+        kind: mining.make_prompts(kind, [text], 0, args)[0]
+        for kind in mining.ENOUGH
+    }
+    assert asked["positive"].endswith(f"Rude: {text}\nPolite:")
+    assert asked["negative"].endswith(f"Sentence: {text}\nParaphrase:")
 
 
 def test_examples_of_another_attribute(
@@ -342,7 +369,7 @@ def test_local_generation_is_the_models_own(mining, options):
     args = options("--dtype", "float32")
     model, tokenizer = mining.load_model(args.model, "cpu", dtype="float32")
     texts = [seed["text"] for seed in SEEDS[:4]] + ["It rained."]
-    args.prompts = mining.PROMPTS
+    args.prompts = mining.PROMPTS[None]
     prompts = mining.make_prompts("negative", texts, 0, args)
     inputs = tokenizer(
         prompts, return_tensors="pt", padding=True, padding_side="left"
@@ -395,7 +422,7 @@ def test_unusual_attention_sees_the_examples(mining, options, kind):
     generate = mining.LocalGenerator(model, tokenizer, args)
     forward = generate.forward
     generate.forward = lambda *how: seen.append(forward(*how)) or seen[-1]
-    args.prompts = mining.PROMPTS
+    args.prompts = mining.PROMPTS[None]
     prompts = mining.make_prompts("negative", ["It rained.", "So it did."], 0, args)
     generate(prompts, 1, 1, 1.0)
     for logits, prompt in zip(seen[0], prompts):
@@ -459,11 +486,12 @@ def test_a_run_and_its_summary(whole):
 
     summary = json.loads((whole.parent / "mining.json").read_text())
     assert summary["anchors"] == 10
-    assert summary["enough"] == sum(p >= 2 and n >= 3 for p, n in sizes)
-    rules = Counter(f"{c['kind']}: {c['rule']}" for c in candidates(whole))
-    assert {k: row["n"] for k, row in summary["candidates"].items()} == rules
+    assert summary["both"] == sum(p > 0 and n > 0 for p, n in sizes)
+    rules = Counter((c["kind"], c["rule"]) for c in candidates(whole))
+    means = {(row["kind"], row["rule"]): row for row in summary["candidates"]}
+    assert {k: row["n"] for k, row in means.items()} == rules
     kept = [c["overlap"] for line in mined for c in line["positives"]]
-    mean = summary["candidates"]["positive: kept"]["overlap"]
+    mean = means["positive", "kept"]["overlap"]
     assert mean == pytest.approx(sum(kept) / len(kept), abs=1e-4)
 
 
@@ -652,8 +680,12 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
     command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
     command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
     assert stage(*command) == 0
-    made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
-    assert len(made) == len(set(made)) == BadServer.answered == 7
+    said = [
+        c["text"]
+        for c in candidates(tmp_path / "mined.jsonl")
+        if c["rule"] != "copy"
+    ]
+    assert len(said) == len(set(said)) == BadServer.answered == 7
 
 
 @pytest.mark.parametrize("way", ["500", "text", "none", "torn"])
@@ -711,7 +743,11 @@ def test_transformers_serve(stage, tmp_path, server, preset):
     ]
     command += [*preset, "--generator", f"{server}#{REAL}", "--concurrency", 2]
     assert stage(*command) == 0
-    made = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
+    made = [
+        c["text"]
+        for c in candidates(tmp_path / "mined.jsonl")
+        if c["rule"] != "copy"
+    ]
     assert len(made) >= (
         2 if preset else 6
     )  # few lines end after the paper's prompts
