@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
@@ -77,9 +78,10 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     refused(capsys, status("--k", 0), "--k")
     refused(capsys, status("--outputs", "base=x"), "names of their own")
     refused(capsys, status("--outputs", "x"), "--outputs", "x")
+    refused(capsys, status("--judge", "a/j", "b/j"), "names of their own", "j j")
     refused(capsys, status("--run", tmp_path), "run 02_build_prototypes.py first")
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    refused(capsys, status("--run", tmp_path), "run 03_train_cp.py first")
+    refused(capsys, status("--run", tmp_path), "run 03_train_cp.py")
     other = AutoModelForCausalLM.from_pretrained(tiny)
     other.lm_head.weight.data.mul_(3)
     other.save_pretrained(tmp_path / "other")
@@ -130,6 +132,19 @@ def test_an_adapter_of_another_base_is_refused(
     given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
     status = stage(*command, *given)
     refused(capsys, status, "other weights", "name the files of one run")
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_an_adapter_that_changes_its_base_is_refused(
+    stage, trained, tiny, tmp_path, capsys, way
+):
+    """It is loaded by taking a part of the base's weights out: base would be another model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    how = LoraConfig(r=2, init_lora_weights=way, target_modules="all-linear")
+    get_peft_model(model, how).save_pretrained(tmp_path / "adapter")
+    given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
+    status = stage("04", "--run", trained, *given)
+    refused(capsys, status, str(tmp_path / "adapter"), "it changes")
 
 
 def test_a_report_has_every_protocol_and_file(report):
@@ -200,7 +215,11 @@ def test_what_is_kept_is_not_computed_again(
     options = ["--threshold", 0.0, "--judge", "profanity-check"]
     options.append(f"{classifier}#non-toxic")
     assert stage(*command, "--out", tmp_path, *options) == 0
-    assert figures(tmp_path)["rewrite/toxic@profanity-check"]["base"]["value"] == 1
+    got, name = figures(tmp_path), f"{classifier.name}#non-toxic"
+    assert got["rewrite/toxic@profanity-check"]["base"]["value"] == 1
+    assert got[f"rewrite/non-toxic@{name}"]["base"]["value"] == 1
+    summary = (tmp_path / "report.md").read_text().split("A cell:")[0]
+    assert f"rewrite/non-toxic@{name}" in summary and "rewrite/max" not in summary
 
 
 def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
@@ -551,6 +570,20 @@ def test_tasks(module, tiny, monkeypatch):
         total = model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert len(text.split()) == 200 and set(wiki.metric) == {"nll_word"}
     assert wiki.value.iloc[0] == pytest.approx(total / 200, rel=1e-4)
+
+
+def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
+    """LAMBADA's first metric is no share."""
+    model, tokenizer = load_model(str(tiny), "cpu")
+    item = {
+        "doc_id": 0,
+        "metrics": ["perplexity", "acc"],
+        "perplexity": -9,
+        "acc": 1,
+    }
+    made = {"samples": {"lambada": [item]}}
+    monkeypatch.setattr(module.lm_eval, "simple_evaluate", lambda *_, **__: made)
+    assert module.run_tasks(model, tokenizer, 3, []) == [["lambada", 0, "acc", 1.0]]
 
 
 def test_texts_are_held_out():
