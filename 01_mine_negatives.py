@@ -485,8 +485,7 @@ def server_generator(args):
 
         numbers = [*range(len(prompts))] * count
         with ThreadPoolExecutor(args.concurrency) as pool:
-            made = pool.map(complete, numbers)
-            return list(tqdm(made, "rewrites", len(numbers), leave=False))
+            return list(tqdm(pool.map(complete, numbers), "rewrites", len(numbers), leave=False))
 
     return generate
 
@@ -543,11 +542,14 @@ def score(drawn, kind, scorers, args):
 
 def reason(candidate, args):
     """The rule that a candidate falls to. It must be no copy, repetition, refusal or leftover of
-    the prompt, near the seed in length, on its side of the judge, and near the seed in meaning. Of
-    a toxic seed what passes the judge is no copy."""
+    the prompt, near the seed in length, on its side of the judge, and near the seed in meaning. A
+    toxic seed is itself a negative, and what is clean no copy of it."""
     positive, toxicity = candidate["kind"] == "positive", candidate["toxicity"]
-    if args.preset != "toxic" and candidate["overlap"] >= (args.distinct if positive else 1):
-        return "copy"
+    if candidate["overlap"] >= (args.distinct if positive else 1):
+        if args.preset != "toxic":
+            return "copy"
+        if not positive:
+            return None  # the seed itself
     for rule, pattern in FAULTS.items():
         if re.search(pattern, candidate["text"], re.I):
             return rule
@@ -565,7 +567,7 @@ def pick(candidates, limit, args):
     kept = []
 
     def rank(candidate):
-        if args.preset == "paper":
+        if args.preset:
             return -candidate["overlap"]
         return candidate.get("nll_distance", -candidate["similarity"])
 
@@ -615,7 +617,7 @@ def mine_chunk(seeds, generate, scorers, args):
                 chance, words = random.Random(args.seed), toxic_words(scorers[-1])
                 some = lacking * args.insert if words else []
                 drawn += [(x, insert(x["text"], words, chance)) for x in some]
-                drawn += [(x, x["text"]) for x in lacking]  # toxic seeds are negatives
+                drawn = [(x, x["text"]) for x in lacking] + drawn  # toxic seeds are negatives
             candidates = score(drawn, kind, scorers, args) if drawn else []
             for (line, _), candidate in zip(drawn, candidates):
                 line["rejected"].append(candidate)
@@ -632,6 +634,7 @@ def mine(seeds, done, args):
         judge = load_judge(args.judge, args.device)
         encoder = SentenceTransformer(args.encoder, device=args.device)
         target = load_model(args.model, args.device, dtype=args.dtype)
+        scorers = *target, encoder, judge
         if args.generator.startswith("http"):
             generate = server_generator(args)
         else:
@@ -643,8 +646,7 @@ def mine(seeds, done, args):
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same
         torch.manual_seed(args.seed * 100_003 + first)
-        chunk = seeds[first : first + args.chunk]
-        lines = mine_chunk(chunk, generate, (*target, encoder, judge), args)
+        lines = mine_chunk(seeds[first : first + args.chunk], generate, scorers, args)
         with args.out.open("a", encoding="utf-8") as f:
             for line in lines[max(done - first, 0) :]:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")

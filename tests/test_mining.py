@@ -261,13 +261,17 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
 def test_toxic_seeds_are_negatives_of_their_clean_rewrites(
     stage, mining, options, tiny, tmp_path
 ):
-    text = "That stupid idiot Maria forgot the damn tickets to the show at the old theatre."
+    text = (
+        "<Ann> That idiot forgot the damn tickets"  # whatever the rules say of it
+    )
     seeds = write_jsonl(tmp_path / "seeds.jsonl", [{"id": 1, "text": text}])
     how = ["--seeds", seeds, "--model", tiny, "--rounds", 1, "--insert", 0]
     for preset, rule in (["--preset", "toxic"], "kept"), ([], "copy"):
         run = tmp_path / rule
         assert stage("01", *how, *preset, "--run", run) == 0
-        (own,) = (c for c in candidates(run / "mined.jsonl") if c["text"] == text)
+        (line,) = lines(run / "mined.jsonl")
+        made = line["negatives"] + line["rejected"]
+        (own,) = (c for c in made if c["text"] == text)
         assert (own["kind"], own["rule"]) == ("negative", rule)
     clean = entry(
         mining, "positive", "the old cat sat on the mat in the hall", 0.1, 0.9, 5.0
