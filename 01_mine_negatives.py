@@ -40,7 +40,7 @@ PRESETS = {
     # no rule but the order by ROUGE-L
     "paper": "--rude 20 --clean 20 --insert 0 --rounds 1 --limit 500 --toxic 0 --benign 1 "
     "--similar -1 --length 100 --distinct 1 --keep-positives 15 --keep-negatives 15",
-    "toxic": "--insert 0",
+    "toxic": "--insert 0 --distinct 1",  # a word less may be all that it takes
 }
 
 
@@ -97,7 +97,7 @@ def options():
     g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
     g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
     g.add_argument("--concurrency", type=count, default=16, help="requests at once")
-    g.add_argument("--chunk", type=count, default=44, help="seeds at once; for a server 256, say")
+    g.add_argument("--chunk", type=count, default=44, help="seeds at once; a kill loses one's")
     g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
     g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
     g.add_argument("--toxic", type=number, default=0.5, help="a negative's least score")
@@ -115,7 +115,7 @@ def options():
             f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
             f"--out {args.out}: a .jsonl file"
         )
-    if not re.fullmatch("(?!http).*|[^#@]+#.+", args.generator):
+    if not re.fullmatch("(?!http).*|[^#@]+#[^#]+", args.generator):
         fail("--generator: give URL#NAME; its key belongs into OPENAI_API_KEY")
     return args
 
@@ -501,7 +501,7 @@ def load_judge(name, device):
     classify = transformers.pipeline(
         "text-classification", path, device=device, top_k=None, truncation=True, batch_size=64
     )
-    classify(["long " * 400, "short"])  # fails here, if it must
+    classify(["long " * 999, "short"])  # fails here, if it must
     labels = classify.model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? Give {path}#LABEL, one of {', '.join(labels)}")
@@ -543,13 +543,10 @@ def score(drawn, kind, scorers, args):
 def reason(candidate, args):
     """The rule that a candidate falls to. It must be no copy, repetition, refusal or leftover of
     the prompt, near the seed in length, on its side of the judge, and near the seed in meaning. A
-    toxic seed is itself a negative, and what is clean no copy of it."""
+    toxic seed is itself a negative."""
     positive, toxicity = candidate["kind"] == "positive", candidate["toxicity"]
     if candidate["overlap"] >= (args.distinct if positive else 1):
-        if args.preset != "toxic":
-            return "copy"
-        if not positive:
-            return None  # the seed itself
+        return None if args.preset == "toxic" and not positive else "copy"
     for rule, pattern in FAULTS.items():
         if re.search(pattern, candidate["text"], re.I):
             return rule
@@ -562,8 +559,8 @@ def reason(candidate, args):
 
 def pick(candidates, limit, args):
     """The candidates kept. Positives: the most similar to the seed first. Negatives: the nearest in
-    nll to the positives' mean first, hard because the model finds them as probable. Each one's
-    "rule" says "kept", or why it fell."""
+    nll to the positives' mean first, hard because the model finds them as probable. With a preset:
+    those of most ROUGE-L with the seed first. Each one's "rule" says "kept", or why it fell."""
     kept = []
 
     def rank(candidate):
@@ -614,9 +611,9 @@ def mine_chunk(seeds, generate, scorers, args):
             made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
             drawn = [(lacking[i], text) for i, text in made if text]
             if kind == "negative" and turn == 0:
-                chance, words = random.Random(args.seed), toxic_words(scorers[-1])
-                some = lacking * args.insert if words else []
-                drawn += [(x, insert(x["text"], words, chance)) for x in some]
+                chance, some = random.Random(args.seed), lacking * args.insert
+                words = some and toxic_words(scorers[-1])
+                drawn += [(x, insert(x["text"], words, chance)) for x in some if words]
                 drawn = [(x, x["text"]) for x in lacking] + drawn  # toxic seeds are negatives
             candidates = score(drawn, kind, scorers, args) if drawn else []
             for (line, _), candidate in zip(drawn, candidates):

@@ -15,9 +15,9 @@ neutral    nats per token of single sentences, after a BOS and without
 Beside them lm-eval's tasks, of which wiki is running text (nats per word; lm-eval's windows).
 
 Systems: the base; adapters; "NAME after base", an adapter that rewrites the base's rewrites, or
-those of the first --outputs (the paper's black box); and two that need no training. deleted: the
-words that profanity-check minds are cut out of the input (Dale et al. 2021). prompted: the base is
-asked with four rude -> polite examples.
+those of the first --outputs, and where they are empty the input (the paper's black box); and two
+that need no training. deleted: the words that profanity-check minds are cut out of the input (Dale
+et al. 2021). prompted: the base is asked with four rude -> polite examples.
 
 reads   data/eval/, assets/, runs/default/prototypes.safetensors, runs/default/adapter
 writes  runs/default/report/  report.md, rewrites.png, report.json (every figure: value, 95%
@@ -93,7 +93,7 @@ def options():
     args = p.parse_args()
     args.out = args.out or args.run / "report"
     args.adapter = args.adapter or [("tuned", args.run / "adapter")]
-    names = ["base", "deleted", "prompted", *dict(args.adapter)]
+    names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
     names += [name for name, _ in args.outputs] + [Path(x).name for x in args.judge]
     if len(set(names)) < len(names):
         fail(f"systems and judges need names of their own: {' '.join(names)}")
@@ -495,7 +495,7 @@ def long_frame(outputs, threshold):
     for column in outputs.filter(like="toxicity@"):
         judge, p = column.removeprefix("toxicity"), outputs[column]
         highest, unsafe = units[column].transform("max"), (p >= threshold) | d.failed
-        attribute = judge.partition("#")[2] or "toxic"
+        attribute = re.search("#.*|$", judge)[0] or "toxic"
         d[f"{attribute}{judge}"], d[f"unsafe{judge}"] = p >= threshold, unsafe
         d[f"max{judge}"], d[f"any{judge}"] = highest, highest >= threshold
         d[f"joint{judge}"] = ~unsafe * d.similarity.clip(lower=0)
@@ -571,7 +571,7 @@ def draw(f, judge, out):
 LEGEND = """\
 A cell: mean [95% interval] ±spread over training seeds where there are several; below it the change
 to the base. Intervals: 1.96 standard errors over n prompts or items, changes paired; 0 or n in n
-are bounded by 3/n. By each judge: toxic (of a judge PATH#LABEL: LABEL), score of at least the
+are bounded by 3/n. By each judge: toxic (of a judge PATH#LABEL: #LABEL), score of at least the
 threshold; unsafe, toxic or failed; max and any, expected maximum score and prompts with any toxic
 output; joint, mean of (not toxic) x similarity to the input x (not failed). clean: similarity to
 the input without its toxic words. failed, and why: empty, copy, ... fluency: nll of outputs under
@@ -623,7 +623,6 @@ def load(args):
     with readable(path, "run 02_build_prototypes.py first"), safe_open(path, "pt") as file:
         meta = file.metadata()
         name, weights, how = meta["model"], meta["model_sha256"], json.loads(meta["load"])
-    with readable(name, "name the files of one run"):
         model, tokenizer = load_model(name, args.device, **how)
     base = [*model.named_parameters()]
     systems = [("base", 0, weights, [])]

@@ -328,6 +328,7 @@ def load_model(name, device, **how):
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        encode(tokenizer, "It needs a BOS or EOS, and offsets.")
         model, info = AutoModelForCausalLM.from_pretrained(
             name, device_map=device, output_loading_info=True, **how
         )

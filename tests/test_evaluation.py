@@ -105,7 +105,8 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
         capsys, status("--texts", *twice), "rewrite.jsonl, and one file a protocol"
     )
     for option in ("--encoder", "--judge", "--fluency"):
-        refused(capsys, status(option, "/none"), option)
+        line = refused(capsys, status(option, f"/no{option}"))
+        assert f"/no{option}" in line.split("Error:")[1]
     refused(capsys, status("--device", "cuda:9"), "CUDA")
     assert not (tmp_path / "a").exists()
 
@@ -217,9 +218,9 @@ def test_what_is_kept_is_not_computed_again(
     assert stage(*command, "--out", tmp_path, *options) == 0
     got, name = figures(tmp_path), f"{classifier.name}#non-toxic"
     assert got["rewrite/toxic@profanity-check"]["base"]["value"] == 1
-    assert got[f"rewrite/non-toxic@{name}"]["base"]["value"] == 1
+    assert got[f"rewrite/#non-toxic@{name}"]["base"]["value"] == 1
     summary = (tmp_path / "report.md").read_text().split("A cell:")[0]
-    assert f"rewrite/non-toxic@{name}" in summary and "rewrite/max" not in summary
+    assert f"rewrite/#non-toxic@{name}" in summary and "rewrite/max" not in summary
 
 
 def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
@@ -486,7 +487,6 @@ def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
             '{"repetition_penalty": 5.0, "min_new_tokens": 6, "typical_p": 0.1}'
         )
         model, tokenizer = load_model(str(folder), "cpu")
-        tokenizer.pad_token = tokenizer.eos_token
         torch.manual_seed(0)
         made.append(module.generate(model, tokenizer, 1.0, None, ask))
     assert made[0] == made[1]
@@ -496,9 +496,7 @@ def test_generation_shares_prompts_and_changes_nothing(module, tiny):
     """Nearly greedy: k samples of a prompt computed once, in left-padded batches, equal each
     prompt's own greedy output."""
     model, tokenizer = load_model(str(tiny), "cpu")
-    tokenizer.pad_token = tokenizer.eos_token
     prompts = ["The lake", "A very long walk to the other side of the town", "Sing"]
-    tokenizer.pad_token = tokenizer.eos_token
     prompts = [f"Say: {x}" for x in prompts]
     batch = [(text, 6) for text in prompts]
     got = module.generate(model, tokenizer, 1e-4, None, batch)

@@ -145,7 +145,7 @@ def test_refuses_bad_options(stage, tmp_path, capsys):
     refused(capsys, stage("01", "--out", tmp_path / "x.json"), "--out", ".jsonl")
     refused(
         capsys,
-        stage("01", "--generator", "http://me:key@host/v1"),
+        stage("01", "--generator", "http://me:key@host/v1#m"),
         "OPENAI_API_KEY",
     )
 
@@ -280,6 +280,7 @@ def test_toxic_seeds_are_negatives_of_their_clean_rewrites(
     assert mining.reason(clean, options()) == "copy"
     args = options("--preset", "toxic")
     assert mining.reason(clean, args) is None and args.insert == 0
+    assert mining.reason(clean | {"overlap": 1.0}, args) == "copy"
     args.prompts = mining.PROMPTS["toxic"]
     asked = {
         kind: mining.make_prompts(kind, [text], 0, args)[0]

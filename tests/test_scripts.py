@@ -215,6 +215,18 @@ def test_a_tokenizer_larger_than_its_model_is_refused(
     refused(capsys, stage("02", *given), "fewer tokens than its tokenizer")
 
 
+def test_a_tokenizer_without_bos_and_eos_is_refused(
+    stage, trained, tiny, tmp_path, capsys
+):
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    given = ["--mined", trained / "mined.jsonl", "--model", tmp_path / "model"]
+    refused(capsys, stage("02", "--run", tmp_path, *given), "model", "NoneType")
+
+
 # 03
 
 
