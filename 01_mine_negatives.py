@@ -614,7 +614,8 @@ def mine_chunk(seeds, generate, scorers, args):
                 chance, some = random.Random(args.seed), lacking * args.insert
                 words = some and toxic_words(scorers[-1])
                 drawn += [(x, insert(x["text"], words, chance)) for x in some if words]
-                drawn = [(x, x["text"]) for x in lacking] + drawn  # toxic seeds are negatives
+                # a toxic seed is a negative, others fall as copies
+                drawn = [(x, x["text"]) for x in lacking] + drawn
             candidates = score(drawn, kind, scorers, args) if drawn else []
             for (line, _), candidate in zip(drawn, candidates):
                 line["rejected"].append(candidate)
