@@ -81,7 +81,7 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     refused(capsys, status("--judge", "a/j", "b/j"), "names of their own", "j j")
     refused(capsys, status("--run", tmp_path), "run 02_build_prototypes.py first")
     shutil.copy(trained / "prototypes.safetensors", tmp_path)
-    refused(capsys, status("--run", tmp_path), "run 03_train_cp.py")
+    refused(capsys, status("--run", tmp_path), "run 03_train_cp.py, name the files")
     other = AutoModelForCausalLM.from_pretrained(tiny)
     other.lm_head.weight.data.mul_(3)
     other.save_pretrained(tmp_path / "other")

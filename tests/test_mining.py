@@ -261,9 +261,7 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
 def test_toxic_seeds_are_negatives_of_their_clean_rewrites(
     stage, mining, options, tiny, tmp_path
 ):
-    text = (
-        "<Ann> That idiot forgot the damn tickets"  # whatever the rules say of it
-    )
+    text = "<Ann> That idiot forgot the damn tickets"  # a "prompt leftover", too
     seeds = write_jsonl(tmp_path / "seeds.jsonl", [{"id": 1, "text": text}])
     how = ["--seeds", seeds, "--model", tiny, "--rounds", 1, "--insert", 0]
     for preset, rule in (["--preset", "toxic"], "kept"), ([], "copy"):
