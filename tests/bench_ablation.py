@@ -14,21 +14,23 @@ losses replace its objective. The last state is kept, not the one that our crite
 arguments of its own and a `--` those of stage 04. What is trained and evaluated is not done again.
 """
 
-import argparse
 import importlib.util
 import json
 import os
 import shlex
 import subprocess
 import sys
+from argparse import RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors import safe_open
+from tap import Tap
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for stage 03
@@ -273,26 +275,22 @@ def results(out: Path, names: list[str], figure: Path) -> None:
         print(f"| {n} | {' | '.join(cells)} |")
 
 
-def options() -> tuple[argparse.Namespace, list[str]]:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--run", type=Path, default=Path("runs/default"), help="%(default)s"
-    )
-    p.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
-    p.add_argument(
-        "--seeds", type=int, default=3, help="training seeds (%(default)s)"
-    )
-    p.add_argument(
-        "--jobs", type=int, default=2, help="trainings at once (%(default)s)"
-    )
-    p.add_argument("--figure", type=Path, help="default: RUN/ablation/results.svg")
-    p.add_argument("--train", nargs=3, help=argparse.SUPPRESS)
+class Options(Tap):
+    run: Path = Path("runs/default")
+    recipes: list[Literal[*RECIPES]] = [*RECIPES]
+    seeds: int = 3  # training seeds
+    jobs: int = 2  # trainings at once
+    figure: Path | None = None  # default: RUN/ablation/results.svg
+    train: tuple[str, str, str] | None = None  # of a process: recipe, seed, folder
+
+
+def options() -> tuple[Options, list[str]]:
+    form = RawDescriptionHelpFormatter
+    parser = Options(description=__doc__, formatter_class=form)
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    args = p.parse_args(sys.argv[1:at])
+    args = parser.parse_args(sys.argv[1:at])
     if min(args.seeds, args.jobs) < 1:
-        p.error("--seeds and --jobs: give 1 or more")
+        parser.error("--seeds and --jobs: give 1 or more")
     args.run = args.run.resolve()
     return args, sys.argv[at + 1 :]
 

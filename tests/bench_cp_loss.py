@@ -12,17 +12,18 @@ the peak above what was there before (on a CPU, resident pages). `error` is the 
 from float64's, relative. `ours, compiled` is torch.compile(linear_nll) with chunks of 32,768.
 """
 
-import argparse
 import ctypes
 import statistics
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from cut_cross_entropy import linear_cross_entropy
+from tap import Tap
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, selective_log_softmax
 
@@ -187,27 +188,16 @@ def report(kind: str, times: dict, memory: dict, error: dict) -> None:
         print(f"| {name} | {took} | {rest} |", flush=True)
 
 
+class Options(Tap):
+    head: bool = False
+    """the LM head trains too (the bound still counts two products)"""
+    repeats: int = 9  # timed runs of each way
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--head",
-        action="store_true",
-        help="the LM head trains too (the bound still counts two products)",
-    )
-    p.add_argument(
-        "--repeats",
-        type=int,
-        default=9,
-        help="timed runs of each way (default: %(default)s)",
-    )
-    p.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
-    args = p.parse_args()
+    form = RawDescriptionHelpFormatter
+    args = Options(description=__doc__, formatter_class=form).parse_args()
     print(
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads"
     )

@@ -14,7 +14,6 @@ the same, turns alternate. `--server` adds transformers' continuous batching, wh
 For memory, generation and scores are a recorded stream.
 """
 
-import argparse
 import importlib.util
 import json
 import resource
@@ -23,10 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Literal
 
 import torch
 import transformers
+from tap import Tap
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -257,19 +259,20 @@ def memory_at(n: int) -> None:
         print(f"{n} seeds: peak {peak():.0f} MB, {before:.0f} MB before the first")
 
 
+class Options(Tap):
+    stage: Literal["01", "04"] = "01"
+    shape: str | None = None  # of bench_shapes.py, random weights
+    batch_size: int | None = None  # default: the stage's
+    few: int | None = None  # stage 04's first so many answers
+    server: bool = False  # continuous batching, too
+    repeats: int = 3  # timed turns
+    memory: bool = False  # measure memory instead
+    at: int | None = None  # of a process of --memory
+
+
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--stage", choices=["01", "04"], default="01")
-    p.add_argument("--shape", help="of bench_shapes.py, random weights")
-    p.add_argument("--batch-size", type=int, help="default: the stage's")
-    p.add_argument("--few", type=int, help="stage 04's first so many answers")
-    p.add_argument("--server", action="store_true", help="continuous batching, too")
-    p.add_argument("--repeats", type=int, default=3, help="timed turns")
-    p.add_argument("--memory", action="store_true", help="measure memory instead")
-    p.add_argument("--at", type=int, help=argparse.SUPPRESS)
-    args = p.parse_args()
+    how = {"formatter_class": RawDescriptionHelpFormatter, "description": __doc__}
+    args = Options(underscores_to_dashes=True, **how).parse_args()
     if args.at:
         memory_at(args.at)
     elif args.memory:

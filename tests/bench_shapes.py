@@ -15,23 +15,25 @@ positive, whose tokens count each time; it runs with cuDNN's attention, torch's 
 without, as all our stages do.
 """
 
-import argparse
 import gc
 import statistics
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import bitsandbytes as bnb
 import tokenizers
 import torch
 import transformers
+from tap import Tap
 from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
-import cp_loss
 from bench_training import Clock, dpo, memory, official, train, training, wait
+from cp_loss import best_device, linear_nll, model_nll
 
 BIG = {"num_key_value_heads": 8, "intermediate_size": 14336}
 SHAPES = {
@@ -146,11 +148,11 @@ def parts_of(model, optimizer, store, picks, args) -> dict:
     ours = {name: getattr(training, name) for name in ("objective", "utility_step")}
     ours = {name: watched(name, run) for name, run in ours.items()}
     ours["phi"] = watched("forward", training.phi)
-    head = watched("head", cp_loss.linear_nll)
+    head = watched("head", linear_nll)
     step = watched("all", training.gradient)
     with (
         mock.patch.multiple(training, **ours),
-        mock.patch.object(cp_loss, "linear_nll", head),
+        mock.patch("cp_loss.linear_nll", head),
     ):
         for chosen in picks:
             step(model, store, chosen, args)
@@ -237,23 +239,25 @@ def scoring(base, store) -> float:
 
     def run():
         with torch.no_grad():
-            cp_loss.model_nll(base, chosen)
+            model_nll(base, chosen)
 
     times = [seconds(run, base.device) for _ in range(5)]
     return sum(map(len, chosen)) / statistics.median(times[1:])
 
 
+class Options(Tap):
+    run: Path = Path("runs/default")
+    shapes: list[Literal[*SHAPES]] = list(SHAPES)[:3]
+    bits: list[Literal[4, 16]] = [16, 4]
+    ways: list[Literal[*WAYS]] = [*WAYS]
+    sets: list[Literal[*SETS]] = [*SETS]
+    steps: int = 20  # timed
+    device: str = best_device()
+
+
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    p.add_argument("--run", type=Path, default=Path("runs/default"))
-    p.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
-    p.add_argument("--bits", nargs="+", type=int, choices=[4, 16], default=[16, 4])
-    p.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    p.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    p.add_argument("--steps", type=int, default=20, help="timed")
-    p.add_argument("--device", default=cp_loss.best_device())
-    given = p.parse_args()
+    form = RawDescriptionHelpFormatter
+    given = Options(description=__doc__, formatter_class=form).parse_args()
     device = torch.device(given.device)
     given.peak = matrix_peak(device)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

@@ -15,16 +15,17 @@ looked at every fourth step with the clock stopped; no warm-up or decay, so that
 decides.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
+from tap import Tap
 
 from bench_ablation import PAIRS, load_stage, pairs
 from cp_loss import best_device
@@ -257,28 +258,14 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
     return clocks[0].result(sizes)
 
 
-def options() -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument(
-        "--run", type=Path, default=Path("runs/default"), help="%(default)s"
-    )
-    p.add_argument(
-        "--steps", type=int, default=8, help="timed a process (%(default)s)"
-    )
-    p.add_argument(
-        "--turns", type=int, default=2, help="processes a way (%(default)s)"
-    )
-    p.add_argument(
-        "--gap", type=float, default=0, help="race to this rise of the gap, nats"
-    )
-    p.add_argument(
-        "--limit", type=float, default=300, help="seconds a race takes at most"
-    )
-    p.add_argument("--way", help=argparse.SUPPRESS)
-    p.add_argument("--lr", type=float, help=argparse.SUPPRESS)
-    return p.parse_args()
+class Options(Tap):
+    run: Path = Path("runs/default")
+    steps: int = 8  # timed a process
+    turns: int = 2  # processes a way
+    gap: float = 0  # race to this rise of the gap, nats
+    limit: float = 300  # seconds a race takes at most
+    way: str | None = None  # of a process
+    lr: float | None = None  # of a process
 
 
 def child(way: str, lr: float) -> dict:
@@ -291,7 +278,8 @@ def child(way: str, lr: float) -> dict:
 
 
 def main() -> None:
-    args = options()
+    form = RawDescriptionHelpFormatter
+    args = Options(description=__doc__, formatter_class=form).parse_args()
     if args.way:
         print(json.dumps(measure(args.way, args.lr, args)))
         return

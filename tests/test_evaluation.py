@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,6 +77,10 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
         return stage(*command, "--out", tmp_path / "a", *options)
 
     refused(capsys, status("--k", 0), "--k")
+    refused(capsys, status("--seed", 10**12), "--seed")
+    for threshold in ("nan", 50):
+        refused(capsys, status("--threshold", threshold), "--threshold")
+    refused(capsys, status("--judge"), "names of their own")
     refused(capsys, status("--outputs", "base=x"), "names of their own")
     refused(capsys, status("--outputs", "x"), "--outputs", "x")
     refused(capsys, status("--judge", "a/j", "b/j"), "names of their own", "j j")
@@ -111,6 +116,39 @@ def test_refusals(stage, command, trained, tiny, tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_has_one_run_at_a_time(stage, command, tmp_path):
+    with (
+        FileLock(tmp_path / "kept/lock"),
+        pytest.raises(OSError, match="kept/lock"),
+    ):
+        stage(*command, "--out", tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / "kept"]
+
+
+def test_a_judge_that_lacks_weights_is_refused(
+    stage, command, classifier, tmp_path, capsys
+):
+    judge = shutil.copytree(classifier, tmp_path / "judge")
+    weights = load_file(judge / "model.safetensors")
+    del weights["classifier.weight"]
+    save_file(weights, judge / "model.safetensors", {"format": "pt"})
+    status = stage(*command, "--judge", judge, "--out", tmp_path / "a")
+    refused(capsys, status, "lacks weights", "classifier.weight")
+
+
+def test_another_fluency_model_scores_again(stage, command, tiny, tmp_path):
+    """In the same place."""
+    larger = shutil.copytree(tiny, tmp_path / "larger")
+    given = ["--out", tmp_path, "--fluency", larger]
+    assert stage(*command, *given) == 0
+    before = figures(tmp_path)["rewrite/other"]["base"]["value"]
+    model = AutoModelForCausalLM.from_pretrained(larger)
+    model.lm_head.weight.data.mul_(3)
+    model.save_pretrained(larger)
+    assert stage(*command, *given) == 0
+    assert abs(figures(tmp_path)["rewrite/other"]["base"]["value"] - before) > 0.01
+
+
 def test_a_judge_that_cannot_pad_is_refused(
     stage, command, classifier, tmp_path, capsys
 ):
@@ -135,14 +173,19 @@ def test_an_adapter_of_another_base_is_refused(
     refused(capsys, status, "other weights", "name the files of one run")
 
 
-@pytest.mark.parametrize("way", ["pissa", "olora"])
+@pytest.mark.parametrize("way", ["pissa", "olora", "layers repeated"])
 def test_an_adapter_that_changes_its_base_is_refused(
     stage, trained, tiny, tmp_path, capsys, way
 ):
     """It is loaded by taking a part of the base's weights out: base would be another model."""
     model = AutoModelForCausalLM.from_pretrained(tiny)
-    how = LoraConfig(r=2, init_lora_weights=way, target_modules="all-linear")
-    get_peft_model(model, how).save_pretrained(tmp_path / "adapter")
+    how = {"init_lora_weights": way, "target_modules": "all-linear"}
+    if way == "layers repeated":
+        targets = ["q_proj", "v_proj"]
+        how = {"layer_replication": [[0, 2], [1, 2]], "target_modules": targets}
+    get_peft_model(model, LoraConfig(r=2, **how)).save_pretrained(
+        tmp_path / "adapter"
+    )
     given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
     status = stage("04", "--run", trained, *given)
     refused(capsys, status, str(tmp_path / "adapter"), "it changes")

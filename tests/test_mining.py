@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
@@ -364,6 +365,25 @@ def test_judges_by_label(mining, tmp_path, capsys, labels, name, toxic):
         assert abs(got - p[toxic].item()) < 1e-5
 
 
+def test_a_judge_that_lacks_weights_is_refused(mining, tmp_path, capsys):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=99, num_hidden_layers=1, **small)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        mining.load_judge(str(tmp_path), "cpu")
+    refused(capsys, stop.value.code, "lacks weights", "score.weight")
+
+
+@pytest.mark.parametrize(
+    "text", ["Он забыл билеты.", "彼は切符を忘れた。", "Straße!"]
+)
+def test_overlap_knows_all_letters(mining, text):
+    assert mining.overlap(text, text) == 1 and mining.overlap(text, "Yes") == 0
+
+
 # The local generator
 
 
@@ -533,7 +553,7 @@ def test_each_option_shapes_the_lines_or_is_known_not_to(mining, options, tmp_pa
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
     args = options("--seeds", seeds)
     (before,) = mining.read_seeds(args)
-    for name in vars(args).keys() - free:
+    for name in args.class_variables.keys() - free:
         usual = getattr(args, name)
         setattr(args, name, "other")
         (after,) = mining.read_seeds(args)
@@ -652,6 +672,11 @@ class BadServer(BaseHTTPRequestHandler):
         )
         if way == "hang":
             time.sleep(1)
+        elif way == "drip":
+            self.send(b" ", length=99)
+            for _ in range(30):
+                time.sleep(0.1)
+                self.wfile.write(b" ")
         elif way == "half":
             self.send(good[:40], length=len(good))
         else:
@@ -672,6 +697,7 @@ def bad_server(monkeypatch):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
     BadServer.plan, BadServer.answered = iter(()), 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), BadServer)
+    server.handle_error = print  # of clients that are gone
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1#m"
     server.shutdown()
@@ -689,6 +715,19 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
         if c["rule"] != "copy"
     ]
     assert len(said) == len(set(said)) == BadServer.answered == 7
+
+
+def test_a_whole_answer_has_a_time(mining, bad_server, monkeypatch):
+    """Each byte of a dripping one is in time; it would take 3 seconds."""
+    timeout = mining.asyncio.timeout
+    monkeypatch.setattr(
+        mining.asyncio, "timeout", lambda seconds: timeout(seconds / 1000)
+    )
+    BadServer.plan = iter(["drip"])
+    args = Namespace(generator=bad_server, concurrency=1)
+    began = time.time()
+    assert mining.server_generator(args)(["a"], 9, 1, 1.0)[0][1]
+    assert 0.5 < time.time() - began < 2.5
 
 
 @pytest.mark.parametrize("way", ["500", "text", "none", "torn"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -37,6 +38,24 @@ def test_help_and_slips_need_no_torch(script, tmp_path):
         )
         assert done.returncode == status, done.stderr
         assert done.stderr.count("\n") == (status > 0)
+
+
+@pytest.mark.parametrize("number", ["01", "02", "03", "04"])
+def test_documents_name_options_that_exist(number, stage):
+    """In commands of README, Makefile and the scripts' own headers; help says each one's use."""
+    (script,) = ROOT.glob(f"{number}*.py")
+    texts = [ROOT / "README.md", ROOT / "Makefile", *ROOT.glob("0*.py")]
+    text = "\n".join(x.read_text() for x in texts)
+    commands = re.findall(script.name + r"((?:\\\n|[^\n#`&])*)", text)
+    used = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", " ".join(commands)))
+    args = stage.options(number)
+    assert used and used <= args._option_string_actions.keys()
+    code = script.read_text()
+    assert not [
+        x for x in args.class_variables if not re.search(rf"\bargs\.{x}\b", code)
+    ]
+    shown = subprocess.run([sys.executable, script, "--help"], capture_output=True)
+    assert not re.search(rb"default=[^)]*\)\s+--", shown.stdout)
 
 
 # 02
@@ -106,7 +125,13 @@ def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
     assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 9
 
 
-def test_own_pairs_start_here(stage, tiny, tmp_path):
+def sequences(store) -> list:
+    ids = store["input_ids"].split(store["offsets"].diff().tolist())
+    columns = ids, store["is_positive"], store["required"], store["start"]
+    return sorted([x.tolist() for x in row] for row in zip(*columns))
+
+
+def test_own_pairs_start_here(stage, tiny, tmp_path, capsys):
     """A toxic text and its clean version a line, as README says; no scores, ids are numbers."""
     rows = []
     for i in range(10):
@@ -118,6 +143,17 @@ def test_own_pairs_start_here(stage, tiny, tmp_path):
     run = ["--run", tmp_path]
     assert stage("02", *run, "--mined", pairs, "--model", tiny) == 0
     store = load_file(tmp_path / "prototypes.safetensors")
+    texts = [[row["text"], row["positives"][0]["text"]] for row in rows]
+    table = tmp_path / "pairs.tsv"
+    table.write_text("\r\n".join("\t".join([*x, ""]) for x in texts), "utf-8-sig")
+    out = ["--out", tmp_path / "tsv.safetensors"]
+    assert stage("02", *run, "--mined", table, "--model", tiny, *out) == 0
+    other = load_file(out[1])
+    assert sequences(other) == sequences(store)
+    for content in (b"one\ttwo\n\n", b"one\ttwo\n\xff\tthree\n"):
+        table.write_bytes(content)
+        status = stage("02", *run, "--mined", table, "--model", tiny)
+        refused(capsys, status, "pairs.tsv:2")
     assert torch.bincount(store["context"]).tolist() == [10, 0, 10]
     assert torch.bincount(store["anchor"]).tolist() == [2] * 20
     assert stage("03", *run, "--steps", 2, "--anchors", 2) == 0

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -317,6 +319,32 @@ def test_the_best_state_is_kept(stage, fresh, monkeypatch):
     assert state["best"] == 0 and state["step"] == 6
     assert close(seen[4], adapter(fresh)) and close(seen[6], state["adapter"])
     assert not close(seen[4], seen[6])
+
+
+def test_the_adapters_readme_has_a_snippet_that_runs(trained):
+    text = (trained / "adapter/README.md").read_text()
+    assert "library_name: peft" in text and "{" not in text.split("```")[2]
+    code = text.split("```python\n")[1].split("```")[0]
+    task = [sys.executable, "-c", code]
+    done = subprocess.run(
+        task, capture_output=True, text=True, cwd=trained / "adapter"
+    )
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
+def test_a_folder_has_one_run_at_a_time(stage, fresh):
+    held = pytest.raises(OSError, match="training.lock")
+    with FileLock(fresh / "adapter.training.lock"), held:
+        stage("03", "--run", fresh, *OPTIONS)
+    assert not (fresh / "adapter.training").exists()
+
+
+def test_processes_need_anchors_each(stage, trained, monkeypatch, capsys):
+    """Also held-out ones, of which there are ten."""
+    state = SimpleNamespace(num_processes=11, is_main_process=False)
+    monkeypatch.setattr(stage.module("03"), "PartialState", lambda **_: state)
+    given = ["--run", trained, "--anchors", 20]
+    refused(capsys, stage("03", *given), "10 to validate", "fewer than processes")
 
 
 # one run, interrupted in every way
