@@ -98,7 +98,7 @@ class Options(Tap):
     insert: Whole = 8  # negatives: the seed, some words added
     batch_size: Count = 192  # local rows at once
     concurrency: Count = 16  # requests at once
-    chunk: Count = 44  # seeds at once; a kill loses one's
+    chunk: Count = 44  # seeds at once; a kill loses one's, but for a server's answers
     seed: Whole = 0  # of examples and sampling
     # selection (ours; see `reason` and `pick`)
     toxic: Number = 0.5  # a negative's least score
@@ -119,6 +119,7 @@ def options():
     preset = PRESETS[Options(**how).parse_args().preset].split()
     args = Options(**how).parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "mined.jsonl"
+    args.answers = args.out.with_suffix(".answers")
     if min(args.temperature, args.length) <= 0 or args.out.suffix != ".jsonl":
         fail(
             f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
@@ -323,7 +324,7 @@ def read_source(spec, whole):
 
 def read_seeds(args):
     """Each text once; ids must be unique."""
-    seeds, texts = {}, {""}
+    seeds, texts, n = {}, {""}, 0
     made_by = (  # the same in all lines of a file
         f"{args.model} {args.generator.split('#')[-1]} {args.judge} {args.encoder} {args.preset} "
         f"{args.examples} {args.seed} {args.rude} {args.clean} {args.rounds} {args.temperature} "
@@ -333,7 +334,9 @@ def read_seeds(args):
     for spec in args.seeds:
         most = len(seeds) + args.limit
         for seed in read_source(spec, args.preset == "paper"):
-            text = seed["text"].lower()
+            if args.preset == "paper" and seed["group"] in ("bisexual", "trans"):
+                continue  # as the official code
+            text, n = seed["text"].lower(), n + 1
             if seed["id"] in seeds:
                 fail(f"{spec}: id {seed['id']!r} stands more than once")
             if text not in texts and len(seeds) < most:
@@ -341,6 +344,7 @@ def read_seeds(args):
                 texts.add(text)
     if not seeds:
         fail(f"{' '.join(args.seeds)} is empty: give one seed a line")
+    print(f"{len(seeds)} seeds of {n} texts, the others repeated, empty or beyond --limit")
     return list(seeds.values())
 
 
@@ -479,28 +483,40 @@ class LocalGenerator:
 
 
 def server_generator(args):
-    """Samples from an OpenAI-compatible server, with the client's own retries and backoff."""
+    """Samples from an OpenAI-compatible server, with the client's own retries and backoff. What it
+    answers is kept in a file until the chunk is mined: a line an answer, by all that was asked."""
     address, name = args.generator.split("#")
     key = os.environ.get("OPENAI_API_KEY") or "none"
 
     def generate(prompts, limit, count, temperature):
         how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
-        turns = asyncio.Semaphore(args.concurrency)
+        turns, kept = asyncio.Semaphore(args.concurrency), {}
+        args.answers.touch()
+        for line in args.answers.open():
+            with suppress(ValueError):  # torn by a kill
+                kept |= json.loads(line)
 
-        async def complete(client, number):
+        async def complete(client, number, sample):
+            asked = json.dumps([prompts[number], sample, how])
             for _ in range(5):  # of answers that can't be read; all else the client tries again
+                if asked in kept:
+                    break
                 with suppress(AttributeError, IndexError, TimeoutError, TypeError, ValueError):
                     async with turns, asyncio.timeout(600):  # a whole answer's seconds
                         answers = await client.completions.create(prompt=prompts[number], **how)
                     answer = answers.choices[0]
                     cut = answer.finish_reason == "length"
-                    return number, "" if cut else first_line(answer.text)
-            raise openai.OpenAIError
+                    kept[asked] = "" if cut else first_line(answer.text)
+                    with args.answers.open("a") as f:
+                        f.write(json.dumps({asked: kept[asked]}) + "\n")
+            if asked not in kept:
+                raise openai.OpenAIError
+            return number, kept[asked]
 
         async def complete_all():
             async with openai.AsyncOpenAI(api_key=key, base_url=address) as client:
-                answers = [complete(client, n) for n in [*range(len(prompts))] * count]
-                return await tqdm.gather(*answers, desc="rewrites", leave=False)
+                jobs = [complete(client, n, k) for k in range(count) for n in range(len(prompts))]
+                return await tqdm.gather(*jobs, desc="rewrites", leave=False)
 
         return asyncio.run(complete_all())
 
@@ -676,6 +692,7 @@ def mine(seeds, done, args):
         with args.out.open("a", encoding="utf-8") as f:
             for line in lines[max(done - first, 0) :]:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        args.answers.unlink(missing_ok=True)
 
 
 def summarise(args):

@@ -65,7 +65,7 @@ def candidates(path: Path) -> list[dict]:
 # Seeds
 
 
-def test_formats_of_seeds(mining, options, tmp_path):
+def test_formats_of_seeds(mining, options, tmp_path, capsys):
     def texts(*given):
         seeds = mining.read_seeds(options("--seeds", *given))
         return [(seed["group"], seed["text"]) for seed in seeds]
@@ -84,9 +84,13 @@ def test_formats_of_seeds(mining, options, tmp_path):
     assert texts(toxigen, plain, "--limit", 1) == both
     assert texts(toxigen, "--limit", 3) == wanted
     whole = [r"a one\n- b two\n", r"b two\n- c three, and - more\n"]
-    assert texts(toxigen, "--preset", "paper") == [
-        ("left_handed", text) for text in whole
-    ]
+    left_out = tmp_path / "neutral_trans_1k.txt"
+    left_out.write_text("- d four\\n-\n")
+    paper = [toxigen, left_out, "--preset", "paper"]
+    assert texts(*paper) == [("left_handed", text) for text in whole]
+    assert "2 seeds of 2 texts" in capsys.readouterr().out
+    assert texts(left_out) == [("trans", "d four")]
+    assert "1 seeds of 2 texts" in capsys.readouterr().out
     odd = tmp_path / "odd.txt"
     odd.write_bytes("\ufeffOne\u2028line.\r\nTwo.".encode())
     assert texts(odd) == [(None, "One\u2028line."), (None, "Two.")]
@@ -717,17 +721,37 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
     assert len(said) == len(set(said)) == BadServer.answered == 7
 
 
-def test_a_whole_answer_has_a_time(mining, bad_server, monkeypatch):
+def test_a_whole_answer_has_a_time(mining, bad_server, tmp_path, monkeypatch):
     """Each byte of a dripping one is in time; it would take 3 seconds."""
     timeout = mining.asyncio.timeout
     monkeypatch.setattr(
         mining.asyncio, "timeout", lambda seconds: timeout(seconds / 1000)
     )
     BadServer.plan = iter(["drip"])
-    args = Namespace(generator=bad_server, concurrency=1)
+    answers = tmp_path / "answers"
+    args = Namespace(generator=bad_server, concurrency=1, answers=answers)
     began = time.time()
     assert mining.server_generator(args)(["a"], 9, 1, 1.0)[0][1]
     assert 0.5 < time.time() - began < 2.5
+
+
+def test_a_servers_answers_are_kept_as_they_come(stage, bad_server, tiny, tmp_path):
+    """24 in all, and none asked for twice, though it ended after 21; one is cut, one line torn."""
+    plan = ["cut", *["ok"] * 20]
+    BadServer.plan = itertools.chain(plan, itertools.repeat("500"))
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:6])
+    command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
+    command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
+    assert stage(*command) == 2 and len(lines(tmp_path / "mined.jsonl")) == 4
+    kept = tmp_path / "mined.answers"
+    assert len(lines(kept)) == 5
+    with kept.open("a") as file:
+        file.write('{"torn')
+    BadServer.plan = iter(())
+    assert stage(*command) == 0
+    assert BadServer.answered == 23 and not kept.exists()
+    said = [c["text"] for c in candidates(tmp_path / "mined.jsonl")]
+    assert all(any(f"number {i} " in text for text in said) for i in range(1, 24))
 
 
 @pytest.mark.parametrize("way", ["500", "text", "none", "torn"])
