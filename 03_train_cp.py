@@ -41,8 +41,8 @@ PAPER = (  # its objective and settings; one epoch, batch 2 x accumulation 3
 CARD = """\
 # {model}, tuned with contrastive perplexity
 
-Trained to rewrite a text without what its negatives had and its positives had not. Licence and
-language are those of {model} and of the mined texts. One rewrite:
+Made to rewrite texts without an attribute (toxicity, by default) that its training negatives have
+and its positives lack. Licence and language are those of {model} and of the mined texts.
 
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -63,27 +63,29 @@ FREE = ("preset", "run", "out", "budget", "checkpointing", "device")
 
 
 class Count(int):
-    """1 or more."""
+    """1 or more"""
 
     least = 1
 
     def __new__(cls, text):
         if not cls.least <= int(text) < 10**9:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return int(text)
 
 
 class Whole(Count):
-    """0 or more."""
+    """0 or more"""
 
     least = 0
 
 
 class Weight(float):
+    """0 or more"""
+
     def __new__(cls, text):
         if not 0 <= float(text) < math.inf:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return float(text)
 
 
 class Options(Tap):
@@ -119,7 +121,8 @@ class Options(Tap):
 
 
 def options():
-    how = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    form = argparse.RawDescriptionHelpFormatter
+    how = {"description": __doc__, "formatter_class": form, "underscores_to_dashes": True}
     args = Options(**how).parse_args()
     if args.preset:
         args = Options(**how).parse_args(PAPER.split() + sys.argv[1:])
@@ -188,8 +191,8 @@ def read_store(args):
     if fewest < PartialState().num_processes:
         fail(
             f"{path}: {len(store.train)} anchors to train on, {len(store.validation)} to validate, "
-            f"{args.anchors} a step, fewer than processes, with context {' '.join(args.context)}: "
-            "mine more seeds or build these in stage 02"
+            f"{args.anchors} a step, with context {' '.join(args.context)}: a process needs one of "
+            "each; mine more seeds or build these in stage 02"
         )
     return store, meta
 
@@ -468,7 +471,7 @@ def main():
     process = PartialState(cpu=args.device == "cpu" or not torch.accelerator.is_available())
     store, meta = read_store(args)
     args.steps = args.steps or math.ceil(len(store.train) / args.anchors)
-    folder = args.out.with_name(args.out.name + ".training")
+    folder = Path(f"{args.out}.training")
     first, stopped = process.is_main_process, []
     lock = FileLock(f"{folder}.lock", 0)  # one run a folder
     if first:
@@ -514,4 +517,7 @@ if __name__ == "__main__":
         )
         raise SystemExit(130) from None
     except OSError as err:  # a full disk, mostly
-        fail(f"{err}: the same command continues; without OUT.training it begins anew")
+        fail(
+            f"{err}: the same command continues (a lock: another run holds it); without "
+            "OUT.training it begins anew"
+        )

@@ -50,44 +50,47 @@ TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
 
 
 class Count(int):
-    """1 or more."""
+    """1 or more"""
 
     least = 1
 
     def __new__(cls, text):
         if not cls.least <= int(text) < 10**9:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return int(text)
 
 
 class Whole(Count):
-    """0 or more."""
+    """0 or more"""
 
     least = 0
 
 
 class Rate(float):
+    """from 0 to 1"""
+
     def __new__(cls, text):
         if not 0 <= float(text) <= 1:
-            raise ValueError
-        return super().__new__(cls, text)
+            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
+        return float(text)
 
 
-class Pair(tuple):
+class Pair:
     """NAME=PATH"""
 
     def __new__(cls, text):
         name, path = text.split("=", 1)
-        return super().__new__(cls, (name, path))
+        return name, path
 
 
 class Options(Tap):
     run: Path = Path("runs/default")  # folder of this run
-    adapter: list[Pair] = []  # NAME=PATH, default RUN/adapter; a name again: another seed of it
+    adapter: list[Pair] | None = None
+    """NAME=PATH instead of RUN/adapter; a name again: another seed of it"""
     outputs: list[Pair] = []  # NAME=PATH of lines of {"protocol", "input", "output"}
     out: Path | None = None  # instead of RUN/report
     device: str | None = None  # as torch names it
-    texts: list[Path] = []  # PROTOCOL.jsonl each, instead of all in data/eval
+    texts: list[Path] | None = None  # PROTOCOL.jsonl each, instead of all in data/eval
     tasks: list[str] = sorted(path.stem for path in TASKS.glob("*.yaml"))
     """lm-eval's, or in assets/tasks"""
     judge: list[str] = ["profanity-check", "assets/tox-block"]
@@ -112,12 +115,14 @@ def options():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     args.out = args.out or args.run / "report"
-    args.adapter = args.adapter or [("tuned", args.run / "adapter")]
-    args.texts = args.texts or sorted(TEXTS.glob("*.jsonl"))
+    if args.adapter is None:
+        args.adapter = [("tuned", args.run / "adapter")]
+    if args.texts is None:
+        args.texts = sorted(TEXTS.glob("*.jsonl"))
     names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
     names += [name for name, _ in args.outputs] + [Path(x).name for x in args.judge]
-    if len(set(names)) < len(names) or not args.judge:
-        fail(f"systems and judges need names of their own: {' '.join(names)}")
+    if len(set(names)) < len(names) or not (args.adapter and args.judge):
+        fail(f"--adapter, --judge: give some, with names of their own: {' '.join(names)}")
     return args
 
 
@@ -757,4 +762,4 @@ if __name__ == "__main__":
         print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     except OSError as err:
-        fail(f"{err}: outputs are kept, the same command continues")
+        fail(f"{err}: outputs are kept, the same command continues (a lock: another run holds it)")

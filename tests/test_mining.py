@@ -65,7 +65,7 @@ def candidates(path: Path) -> list[dict]:
 # Seeds
 
 
-def test_formats_of_seeds(mining, options, tmp_path, capsys):
+def test_formats_of_seeds(mining, options, tmp_path):
     def texts(*given):
         seeds = mining.read_seeds(options("--seeds", *given))
         return [(seed["group"], seed["text"]) for seed in seeds]
@@ -84,13 +84,8 @@ def test_formats_of_seeds(mining, options, tmp_path, capsys):
     assert texts(toxigen, plain, "--limit", 1) == both
     assert texts(toxigen, "--limit", 3) == wanted
     whole = [r"a one\n- b two\n", r"b two\n- c three, and - more\n"]
-    left_out = tmp_path / "neutral_trans_1k.txt"
-    left_out.write_text("- d four\\n-\n")
-    paper = [toxigen, left_out, "--preset", "paper"]
-    assert texts(*paper) == [("left_handed", text) for text in whole]
-    assert "2 seeds of 2 texts" in capsys.readouterr().out
-    assert texts(left_out) == [("trans", "d four")]
-    assert "1 seeds of 2 texts" in capsys.readouterr().out
+    paper = texts(toxigen, "--preset", "paper")
+    assert paper == [("left_handed", text) for text in whole]
     odd = tmp_path / "odd.txt"
     odd.write_bytes("\ufeffOne\u2028line.\r\nTwo.".encode())
     assert texts(odd) == [(None, "One\u2028line."), (None, "Two.")]
@@ -107,6 +102,25 @@ def test_formats_of_seeds(mining, options, tmp_path, capsys):
     )
     both = texts(seeds, f"datasets:{tmp_path / 'set'}:train:sentence")
     assert both == [("g", "A seed."), (None, "From a data set.")]
+
+
+def test_groups_that_the_official_code_leaves_out(
+    mining, options, tmp_path, capsys
+):
+    files = [tmp_path / f"neutral_{name}_1k.txt" for name in ("trans", "women")]
+    for path in files:
+        path.write_text(f"- of {path.name}\\n-\n")
+
+    def groups(*given):
+        seeds = mining.read_seeds(options("--seeds", *files, *given))
+        return [seed["group"] for seed in seeds], capsys.readouterr().out
+
+    said = "1 seeds of 2 texts, others left out, repeated, empty or over --limit\n"
+    assert groups("--preset", "paper") == (["women"], said)
+    assert groups() == (
+        ["trans", "women"],
+        said.replace("1 seeds of 2", "2 seeds of 4"),
+    )
 
 
 BAD_SEEDS = {
@@ -744,7 +758,7 @@ def test_a_servers_answers_are_kept_as_they_come(stage, bad_server, tiny, tmp_pa
     command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
     assert stage(*command) == 2 and len(lines(tmp_path / "mined.jsonl")) == 4
     kept = tmp_path / "mined.answers"
-    assert len(lines(kept)) == 5
+    assert kept.read_text().count("\n") == 5
     with kept.open("a") as file:
         file.write('{"torn')
     BadServer.plan = iter(())

@@ -344,7 +344,7 @@ def test_processes_need_anchors_each(stage, trained, monkeypatch, capsys):
     state = SimpleNamespace(num_processes=11, is_main_process=False)
     monkeypatch.setattr(stage.module("03"), "PartialState", lambda **_: state)
     given = ["--run", trained, "--anchors", 20]
-    refused(capsys, stage("03", *given), "10 to validate", "fewer than processes")
+    refused(capsys, stage("03", *given), "10 to validate", "a process needs one")
 
 
 # one run, interrupted in every way
