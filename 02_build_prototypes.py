@@ -258,7 +258,7 @@ def write(store, metadata, path):
     header = json.dumps(json.loads(data[8:end]), sort_keys=True).encode()
     header += b" " * (-len(header) % 8)  # tensors are aligned
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
+    aside = Path(f"{path}.tmp")
     aside.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
     aside.replace(path)
 
