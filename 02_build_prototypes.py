@@ -155,7 +155,7 @@ def read_mined(paths):
     lines = {}
     for path in paths:
         if not path.is_file():
-            fail(f"{path} not found: run 01_mine_negatives.py first, or give --mined")
+            fail(f"{path} not found: give --mined, or run 01_mine_negatives.py first")
         for n, text in enumerate(path.open("rb"), 1):
             try:
                 if path.suffix == ".tsv":
@@ -269,7 +269,7 @@ def main():
     anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
     if not anchors:
         files = " ".join(map(str, args.mined))
-        fail(f"--mined {files}, --context {' '.join(args.context)}: no anchor has both sets")
+        fail(f"--mined {files}, --context {' '.join(args.context)}: empty or without both sets")
     disable_progress_bar()
     args.device = args.device or best_device()
     try:
