@@ -268,8 +268,10 @@ def main():
     lines = read_mined(args.mined)
     anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
     if not anchors:
-        files = " ".join(map(str, args.mined))
-        fail(f"--mined {files}, --context {' '.join(args.context)}: empty or without both sets")
+        fail(
+            f"--mined {' '.join(map(str, args.mined))}, --context {' '.join(args.context)}: "
+            "empty, or no anchor has both sets"
+        )
     disable_progress_bar()
     args.device = args.device or best_device()
     try:
