@@ -547,6 +547,12 @@ def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
     assert made[0] == made[1]
 
 
+def test_a_small_vocabulary_can_be_sampled(module):
+    p = torch.tensor([[0.05, 0.6, 0.35]])
+    kept = module.nucleus(1.0, None, p.log()).softmax(-1)
+    assert torch.allclose(kept, torch.tensor([[0.0, 0.6, 0.35]]) / 0.95)
+
+
 def test_generation_shares_prompts_and_changes_nothing(module, tiny):
     """Nearly greedy: k samples of a prompt computed once, in left-padded batches, equal each
     prompt's own greedy output."""

@@ -735,6 +735,13 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
     assert len(said) == len(set(said)) == BadServer.answered == 7
 
 
+def test_an_address_that_cannot_be_one(stage, tiny, tmp_path, capsys):
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
+    given = ["--seeds", seeds, "--model", tiny, "--run", tmp_path]
+    status = stage("01", *given, "--generator", "http://localhost:port/v1#m")
+    refused(capsys, status, "port")
+
+
 def test_a_whole_answer_has_a_time(mining, bad_server, tmp_path, monkeypatch):
     """Each byte of a dripping one is in time; it would take 3 seconds."""
     timeout = mining.asyncio.timeout
