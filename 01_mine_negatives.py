@@ -49,7 +49,7 @@ PRESETS = {
 
 
 class Count(int):
-    """1 or more"""
+    """1 or more, below a billion"""
 
     least = 1
 
@@ -60,13 +60,13 @@ class Count(int):
 
 
 class Whole(Count):
-    """0 or more"""
+    """0 or more, below a billion"""
 
     least = 0
 
 
 class Number(float):
-    """-1 or more"""
+    """-1 or more, below a billion"""
 
     def __new__(cls, text):
         if not -1 <= float(text) < 1e9:

@@ -38,7 +38,7 @@ CONTEXTS = ("none", "seed", "toxic")
 
 
 class Count(int):
-    """1 or more"""
+    """1 or more, below a billion"""
 
     def __new__(cls, text):
         if not 1 <= int(text) < 10**9:

@@ -63,7 +63,7 @@ FREE = ("preset", "run", "out", "budget", "checkpointing", "device")
 
 
 class Count(int):
-    """1 or more"""
+    """1 or more, below a billion"""
 
     least = 1
 
@@ -74,13 +74,13 @@ class Count(int):
 
 
 class Whole(Count):
-    """0 or more"""
+    """0 or more, below a billion"""
 
     least = 0
 
 
 class Weight(float):
-    """0 or more"""
+    """0 or more, finite"""
 
     def __new__(cls, text):
         if not 0 <= float(text) < math.inf:

@@ -50,7 +50,7 @@ TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
 
 
 class Count(int):
-    """1 or more"""
+    """1 or more, below a billion"""
 
     least = 1
 
@@ -61,7 +61,7 @@ class Count(int):
 
 
 class Whole(Count):
-    """0 or more"""
+    """0 or more, below a billion"""
 
     least = 0
 
@@ -122,7 +122,9 @@ def options():
     names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
     names += [name for name, _ in args.outputs] + [Path(x).name for x in args.judge]
     if len(set(names)) < len(names) or not (args.adapter and args.judge):
-        fail(f"--adapter, --judge: give some, with names of their own: {' '.join(names)}")
+        fail(
+            f"--adapter, --outputs, --judge: give some, with names of their own: {' '.join(names)}"
+        )
     return args
 
 
