@@ -4,14 +4,14 @@ number of seeds.
     .venv/bin/python tests/bench_generation.py            # 10 minutes on 2 CPU cores: stage 01
     .venv/bin/python tests/bench_generation.py --stage 04   # rewrites and continuations
     .venv/bin/python tests/bench_generation.py --stage 04 --batch-size 512 --server   # a GPU
-    .venv/bin/python tests/bench_generation.py --shape mistral-7b   # random weights, a GPU
+    .venv/bin/python tests/bench_generation.py --shape mistral-7b --batch-size 768 --few 64
     .venv/bin/python tests/bench_generation.py --memory   # 2 minutes: 1,000 and 100,000 seeds
 
 Useful tokens come before the newline that ends a rewrite (a continuation has no end but its limit);
-all else a way computes is waste. Random weights write no lines: there every 16th token of the
-vocabulary ends one, and stage 04 only continues. Prompts, samples a prompt, limit and sampling are
-the same, turns alternate. `--server` adds transformers' continuous batching, which its server runs.
-For memory, generation and scores are a recorded stream.
+all else a way computes is waste. A --shape has random weights, which write no lines: there every
+16th token of the vocabulary ends one, and stage 04 only continues. Prompts, samples a prompt, limit
+and sampling are the same, turns alternate. `--server` adds transformers' continuous batching, which
+its server runs. For memory, generation and scores are a recorded stream.
 """
 
 import importlib.util
@@ -89,7 +89,7 @@ def load(given):
 def mining_ways(model, tokenizer, given) -> dict:
     """Each writes some toxic paraphrases of the first seeds."""
     size = ["--batch-size", str(given.batch_size)] if given.batch_size else []
-    sys.argv = ["01", "--limit", "16", *size]
+    sys.argv = ["01", "--limit", str(given.few or 16), *size]
     args = mining.options()
     args.prompts = mining.PROMPTS[None]
     texts = [seed["text"] for seed in mining.read_seeds(args)]
@@ -263,7 +263,7 @@ class Options(Tap):
     stage: Literal["01", "04"] = "01"
     shape: str | None = None  # of bench_shapes.py, random weights
     batch_size: int | None = None  # default: the stage's
-    few: int | None = None  # stage 04's first so many answers
+    few: int | None = None  # first so many seeds (default 16) or answers
     server: bool = False  # continuous batching, too
     repeats: int = 3  # timed turns
     memory: bool = False  # measure memory instead

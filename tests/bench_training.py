@@ -215,13 +215,12 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
         def _precompute_ref_logps(self, *args):
             began = time.perf_counter()
             done = super()._precompute_ref_logps(*args)
-            took = time.perf_counter() - began
-            reference.append(took / len(picks))  # a step's part
+            reference.append((time.perf_counter() - began) / len(picks))  # a step's
             return done
 
     torch.manual_seed(0)
-    # pairwise: micro-batches of one pair
-    small = len(rows) // len(picks) if "pairwise" in more else 1
+    each = len(rows) // len(picks)
+    small = each if "pairwise" in more else 1  # micro-batches of one pair
     lora = training.LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
@@ -231,7 +230,7 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
-            per_device_train_batch_size=len(rows) // len(picks) // small,
+            per_device_train_batch_size=each // small,
             gradient_accumulation_steps=small,
             max_steps=len(picks),
             learning_rate=lr,
@@ -254,6 +253,7 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
             callbacks=[Watch()],
         )
         trainer.train()
+        trainer.model.unload()
     clocks[0].seconds += sum(reference) * clocks[0].steps
     return clocks[0].result(sizes)
 
