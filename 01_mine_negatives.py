@@ -41,7 +41,7 @@ from tap import Tap
 
 PRESETS = {
     None: "",
-    # no rule but the order by ROUGE-L
+    # no thresholds, order by ROUGE-L
     "paper": "--rude 20 --clean 20 --insert 0 --rounds 1 --limit 500 --toxic 0 --benign 1 "
     "--similar -1 --length 100 --distinct 1 --keep-positives 15 --keep-negatives 15",
     "toxic": "--insert 0 --distinct 1",  # a word less may be all that it takes

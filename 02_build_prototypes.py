@@ -4,11 +4,11 @@
 phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is
 one). Each mined line becomes anchors of up to three kinds, by --context:
   none    the paper's: bare sentences. The context is the BOS alone (the EOS where there is none).
-  seed    after "Paraphrase: <seed>": positives and negatives as mined.
-  toxic   after "Paraphrase: <one of its own negatives>", those with most of the seed's words: its
-          positives as mined, with the seed; negatives are the other toxic sentences and that
-          sentence itself, so that copying it counts against the model. The seed and that sentence
-          are `required`: always drawn.
+  seed    after "Sentence: <seed>\\nParaphrase:": positives and negatives as mined.
+  toxic   the same, after one of its own negatives, those with most of the seed's words: positives
+          are the seed and those mined; negatives are that sentence itself, so that copying it
+          counts against the model, and the other toxic ones. The first of each are `required`:
+          always drawn.
 
 reads   runs/default/mined*.jsonl; or own pairs: --mined pairs.tsv, a toxic text and clean ones a
         line, with tabs between

@@ -1,12 +1,13 @@
 #!/usr/bin/env python
 """Stage 03: LoRA fine-tuning with prototype contrastive perplexity (paper, section 3, equation 3).
 
-Every step takes whole anchors and draws |P| positives and |N| negatives of each afresh. Sequences
-are packed into rows; no (tokens x vocabulary) tensor is made but for the few tokens of --utility.
-phi is one number a sequence. So processes share out a step's sequences and exchange phi; each
-computes the same objective and goes backward through its own sequences with its share of
-d loss / d phi. Where their tokens exceed --budget, phi is taken without a graph first and the
-backward pass made a few sequences at a time: exact, for one forward pass more.
+Every step takes whole anchors and draws up to |P| positives and |N| negatives of each (by default
+all that stage 02 keeps). Sequences are packed into rows; no (tokens x vocabulary) tensor is made
+but for the few tokens of --utility. phi is one number a sequence. So processes share out a step's
+sequences and exchange phi; each computes the same objective and goes backward through its own
+sequences with its share of d loss / d phi. Where their tokens exceed --budget, phi is taken without
+a graph first and the backward pass made a few sequences at a time: exact, for one forward pass
+more.
 
 reads   runs/default/prototypes.safetensors
 writes  runs/default/adapter/            PEFT adapter (safetensors), its README, the tokenizer
@@ -193,6 +194,13 @@ def read_store(args):
             f"{path}: {len(store.train)} anchors to train on, {len(store.validation)} to validate, "
             f"{args.anchors} a step, with context {' '.join(args.context)}: a process needs one of "
             "each; mine more seeds or build these in stage 02"
+        )
+    most = [store.anchor[x].bincount().max() for x in (store.is_positive, ~store.is_positive)]
+    if PartialState().is_main_process and (args.positives > most[0] or args.negatives > most[1]):
+        tqdm.write(
+            f"{path}: anchors hold at most {most[0]} positives and {most[1]} negatives: stage 02 "
+            "keeps more by its --positives and --negatives",
+            file=sys.stderr,
         )
     return store, meta
 

@@ -17,7 +17,7 @@ perplexity of a sentence under the model being tuned; the prototype c is the mea
 The paper's is cp_loss(nll, is_positive, anchor, phi="perplexity"). base_nll (S,) is the untuned
 model's: without it the level of phi is free, and drifts up.
 
-With a Hugging Face causal LM, `model_nll(model, token_lists)` does the first two lines. From a
+With a Hugging Face causal LM, `model_nll(model, sequences)` does the first two lines. From a
 padded batch, with labels (S, L) that are -100 where a token doesn't count, and hidden (S, L, D):
 
     counts   = labels[:, 1:] >= 0                         # (S, L - 1)

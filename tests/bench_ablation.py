@@ -11,7 +11,8 @@ writes  RUN/ablation/RECIPE.SEED/adapter, RUN/ablation/report (stage 04's, of al
 
 All recipes take stage 03's steps, LoRA, packing and, but where named, its anchors and draws. Peers'
 losses replace its objective. The last state is kept, not the one that our criterion likes. After
-arguments of its own and a `--` those of stage 04. What is trained and evaluated is not done again.
+arguments of its own and a `--` those of stage 04. What is trained and evaluated is not done again:
+remove RUN/ablation after mining anew. rloo needs TRL, see bench_rl.py.
 """
 
 import importlib.util
@@ -35,7 +36,7 @@ from tap import Tap
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # for stage 03
 PAPER = "--preset paper --steps 80 --lr 3e-4"  # at its own 2.2e-5 so few steps change nothing
-PAIRS = "--utility 0 --hold 0 --anchors 7 --positives 2 --negatives 2"  # ours has 27 sequences
+PAIRS = "--utility 0 --hold 0 --anchors 9"  # 27 sequences, as ours
 RECIPES = {  # stage 03's options; the first of the peers' names is their loss
     "ours": "",
     "no-utility": "--utility 0",
@@ -55,6 +56,7 @@ RECIPES = {  # stage 03's options; the first of the peers' names is their loss
     "random-negatives": "",
     "official": f"{PAPER} --phi nll --positives 5 --negatives 5",
 }
+RECIPES["rloo"] = "--steps 80"  # by bench_rl.py
 RECIPES |= {f"dpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
 RECIPES |= {f"simpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
 LARGE = (
@@ -157,6 +159,16 @@ def load_stage():
     return stage
 
 
+def lora(stage, args):
+    """Stage 03's, for trainers that wrap the model themselves."""
+    return stage.LoraConfig(
+        r=args.rank,
+        lora_alpha=2 * args.rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
 def change(stage, recipe: str) -> None:
     """Stage 03 with this recipe's objective and data, and its last state kept."""
     ours, read = stage.objective, stage.read_store
@@ -210,6 +222,16 @@ def train(recipe: str, seed: int, run: Path, threads: int) -> None:
     here.mkdir(parents=True, exist_ok=True)
     store = run / "ablation/large" if recipe.startswith(LARGE) else run
     task = [__file__, "--run", store, "--train", recipe, seed, here / "adapter"]
+    if recipe == "rloo":
+        task = [
+            "tests/bench_rl.py",
+            "--run",
+            run,
+            "--out",
+            task[-1],
+            "--seed",
+            seed,
+        ]
     call(task, here / "train.log", threads)
     print(f"{recipe}, seed {seed}: trained", flush=True)
 
@@ -277,7 +299,7 @@ def results(out: Path, names: list[str], figure: Path) -> None:
 
 class Options(Tap):
     run: Path = Path("runs/default")
-    recipes: list[Literal[*RECIPES]] = [*RECIPES]
+    recipes: list[Literal[*RECIPES]] = [r for r in RECIPES if r != "rloo"]
     seeds: int = 3  # training seeds
     jobs: int = 2  # trainings at once
     figure: Path | None = None  # default: RUN/ablation/results.svg

@@ -5,9 +5,9 @@ on the same mined sequences.
     .venv/bin/python tests/bench_training.py           # after `make all` or stage 02
     .venv/bin/python tests/bench_training.py --gap 1   # seconds to a gap 1 nat above the base's
 
-Same base, same LoRA (weights in float32), AdamW, sequences drawn alike: 7 anchors a step, each with
-2 positives and 2 negatives after the same contexts. Ours is the whole step, --utility's two passes
-over neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose
+Same base, same LoRA (weights in float32), AdamW, sequences drawn alike: 9 anchors a step, each with
+a positive and two negatives after the same context. Ours is the whole step, --utility's passes over
+neutral text in its time but not in its tokens; DPO pairs each negative with a positive, whose
 tokens count each time since it computes them each time. Real tokens a second leave out padding. A
 way has a process of its own; memory is its peak above what it held with the model loaded. Ways take
 turns. The gap is stage 03's: negatives' mean phi less positives', here over 12 held-out anchors,
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tap import Tap
 
-from bench_ablation import PAIRS, load_stage, pairs
+from bench_ablation import PAIRS, load_stage, lora, pairs
 from cp_loss import best_device
 
 training = load_stage()
@@ -221,12 +221,6 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
     torch.manual_seed(0)
     each = len(rows) // len(picks)
     small = each if "pairwise" in more else 1  # micro-batches of one pair
-    lora = training.LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(
             output_dir=folder,
@@ -249,7 +243,7 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
             args=config,
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=lora,
+            peft_config=lora(training, args),
             callbacks=[Watch()],
         )
         trainer.train()

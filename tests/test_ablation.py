@@ -4,10 +4,12 @@ import copy
 import math
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
 import bench_ablation
+import bench_rl
 
 
 def softplus(x: float) -> float:
@@ -119,3 +121,21 @@ def test_a_recipe_trains_and_keeps_its_last_state(stage, trained, tmp_path, reci
     assert stage("ablation", "--run", trained, "--out", out, *options, *few) == 0
     state = torch.load(tmp_path / f"{recipe}.training/state.pt", weights_only=True)
     assert state["best"] == -2 and (out / "adapter_model.safetensors").exists()
+
+
+def test_reinforcement_rewards_clean_answers_near_to_their_sentence():
+    class Encoder:
+        def encode(self, texts, **_):
+            return np.array(
+                [[1.0, 0.0] if "train" in x else [0.0, 1.0] for x in texts]
+            )
+
+    answers = [
+        " He missed the train.\nSo",
+        " The idiot missed the train.",
+        "\n",
+        " Soup.",
+    ]
+    answers.append(" The damn bastard missed the train.")
+    got = bench_rl.rewarded(Encoder())(answers, 5 * ["The idiot missed the train."])
+    assert got[0] > 0.9 and got[1:4] == [0, 0, 0] and got[4] < 0.1

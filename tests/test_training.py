@@ -203,6 +203,18 @@ def test_required_sequences_are_always_drawn(stage, trained):
     assert len(required) == 72 and copies == 36
 
 
+@pytest.mark.parametrize("name, most", [("--positives", 2), ("--negatives", 3)])
+def test_larger_sets_than_stage_02_keeps_are_no_secret(
+    stage, trained, capsys, name, most
+):
+    module = stage.module("03")
+    module.read_store(stage.options("03", "--run", trained, name, most))
+    assert not capsys.readouterr().err
+    module.read_store(stage.options("03", "--run", trained, name, most + 1))
+    said = capsys.readouterr().err
+    assert "at most 2 positives and 3 negatives" in said and "stage 02" in said
+
+
 def test_utility_is_the_divergence_from_the_base(stage, trained, tiny):
     """Value and gradient against a literal loop over tokens; 0 where the adapter does nothing."""
     module = stage.module("03")
