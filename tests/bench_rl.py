@@ -35,7 +35,7 @@ class Options(Tap):
     run: Path = Path("runs/default")
     out: Path = Path("runs/default/ablation/rloo.0/adapter")
     steps: int = 80
-    prompts: int = 8  # a step
+    prompts: int = 4  # a step
     samples: int = 4  # a prompt
     lr: float = 1e-4
     seed: int = 0
