@@ -382,15 +382,18 @@ def draw_phi(nll, store, path):
 # Model, state and files
 
 
-def with_lora(base, args):
-    torch.manual_seed(args.seed)
-    config = LoraConfig(
+def lora_config(args):
+    return LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, config)
+
+
+def with_lora(base, args):
+    torch.manual_seed(args.seed)
+    model = get_peft_model(base, lora_config(args))
     if args.checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

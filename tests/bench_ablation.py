@@ -55,8 +55,8 @@ RECIPES = {  # stage 03's options; the first of the peers' names is their loss
     "seven-each": "--anchors 2 --positives 7 --negatives 7",
     "random-negatives": "",
     "official": f"{PAPER} --phi nll --positives 5 --negatives 5",
+    "rloo": "",  # by bench_rl.py
 }
-RECIPES["rloo"] = "--steps 80"  # by bench_rl.py
 RECIPES |= {f"dpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
 RECIPES |= {f"simpo-{lr}": f"{PAIRS} --lr {lr}" for lr in ("3e-5", "1e-4", "3e-4")}
 LARGE = (
@@ -159,16 +159,6 @@ def load_stage():
     return stage
 
 
-def lora(stage, args):
-    """Stage 03's, for trainers that wrap the model themselves."""
-    return stage.LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-
-
 def change(stage, recipe: str) -> None:
     """Stage 03 with this recipe's objective and data, and its last state kept."""
     ours, read = stage.objective, stage.read_store
@@ -221,17 +211,10 @@ def train(recipe: str, seed: int, run: Path, threads: int) -> None:
         return
     here.mkdir(parents=True, exist_ok=True)
     store = run / "ablation/large" if recipe.startswith(LARGE) else run
-    task = [__file__, "--run", store, "--train", recipe, seed, here / "adapter"]
+    out = here / "adapter"
+    task = [__file__, "--run", store, "--train", recipe, seed, out]
     if recipe == "rloo":
-        task = [
-            "tests/bench_rl.py",
-            "--run",
-            run,
-            "--out",
-            task[-1],
-            "--seed",
-            seed,
-        ]
+        task = ["tests/bench_rl.py", "--run", run, "--seed", seed, "--out", out]
     call(task, here / "train.log", threads)
     print(f"{recipe}, seed {seed}: trained", flush=True)
 

@@ -25,7 +25,7 @@ from profanity_check import predict_prob
 from sentence_transformers import SentenceTransformer
 from tap import Tap
 
-from bench_ablation import load_stage, lora
+from bench_ablation import load_stage
 
 training = load_stage()
 TOXIC = training.CONTEXTS.index("toxic")
@@ -107,7 +107,7 @@ def main() -> None:
             config,
             read_prompts(tokenizer, store, meta["prompt"]),
             processing_class=tokenizer,
-            peft_config=lora(training, args),
+            peft_config=training.lora_config(args),
         )
         trainer.train()
     trainer.model.save_pretrained(given.out, save_embedding_layers=False)

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tap import Tap
 
-from bench_ablation import PAIRS, load_stage, lora, pairs
+from bench_ablation import PAIRS, load_stage, pairs
 from cp_loss import best_device
 
 training = load_stage()
@@ -243,7 +243,7 @@ def dpo(more: list, base, tokenizer, store, picks, settings: tuple) -> dict:
             args=config,
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=lora(training, args),
+            peft_config=training.lora_config(args),
             callbacks=[Watch()],
         )
         trainer.train()

@@ -130,12 +130,8 @@ def test_reinforcement_rewards_clean_answers_near_to_their_sentence():
                 [[1.0, 0.0] if "train" in x else [0.0, 1.0] for x in texts]
             )
 
-    answers = [
-        " He missed the train.\nSo",
-        " The idiot missed the train.",
-        "\n",
-        " Soup.",
-    ]
+    sentence = "The idiot missed the train."
+    answers = [" He missed the train.\nSo", f" {sentence}", "\n", " Soup."]
     answers.append(" The damn bastard missed the train.")
-    got = bench_rl.rewarded(Encoder())(answers, 5 * ["The idiot missed the train."])
+    got = bench_rl.rewarded(Encoder())(answers, 5 * [sentence])
     assert got[0] > 0.9 and got[1:4] == [0, 0, 0] and got[4] < 0.1

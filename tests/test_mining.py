@@ -763,10 +763,8 @@ def test_a_servers_answers_are_kept_as_they_come(stage, bad_server, tiny, tmp_pa
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:6])
     command = ["01", "--seeds", seeds, "--model", tiny, "--run", tmp_path, *LOOSE]
     command += ["--rounds", 1, "--insert", 0, "--generator", bad_server]
-    command += [
-        "--concurrency",
-        1,
-    ]  # in order: what fails ends nothing that goes well
+    # in order: what fails ends nothing that goes well
+    command += ["--concurrency", 1]
     assert stage(*command) == 2 and len(lines(tmp_path / "mined.jsonl")) == 4
     kept = tmp_path / "mined.answers"
     assert kept.read_text().count("\n") == 5
