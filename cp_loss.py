@@ -24,6 +24,16 @@ padded batch, with labels (S, L) that are -100 where a token doesn't count, and 
     sequence = counts.nonzero()[:, 0]                     # (T,) whose token it is
     nll      = linear_nll(hidden[:, :-1][counts], lm_head.weight, labels[:, 1:][counts])
 
+KL(base || tuned) of running text's next tokens, (T,), which keeps that text at the base's (stage 03
+gives its mean weight 10), is linear_nll's Bregman divergence, so that it needs no (T, V) either.
+Targets cancel; a head must be frozen and have no soft cap:
+
+    base   = base_hidden.detach().requires_grad_()        # (T, D), without the adapter
+    was    = linear_nll(base, lm_head.weight, targets)
+    slope, = torch.autograd.grad(was.sum(), base)
+    now    = linear_nll(hidden, lm_head.weight, targets)
+    kl     = now - was.detach() - ((hidden - base.detach()) * slope).sum(1)
+
 Anchors that are split over processes have to gather nll (S,) first: an anchor's loss is no sum of
 its parts', and a mean of processes' means weighs anchors unequally. Stage 03 does that.
 

@@ -4,6 +4,7 @@ import math
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import cp_loss as cp_loss_module
 from cp_loss import (
     best_device,
     best_dtype,
@@ -228,6 +230,31 @@ def test_a_padded_batch_as_the_file_says():
         logits = hidden[row, :-1] @ weight.T
         want = F.cross_entropy(logits, labels[row, 1:])
         assert abs(got[row].item() - want.item()) < 1e-5
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_divergence_from_the_base_as_the_file_says(other):
+    """The file's own lines, run, against softmaxes over the whole vocabulary."""
+    told = cp_loss_module.__doc__.split("have no soft cap:\n\n")[1].split("\n\n")[0]
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).double().requires_grad_(False)
+    before, after = 3 * torch.randn(2, 7, 8, dtype=torch.float64)
+    after.requires_grad_()
+    p, q = (F.linear(x, head.weight).log_softmax(-1) for x in (before, after))
+    want = F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    targets = torch.full((7,), 49) if other else torch.randint(50, (7,))
+    scope = {
+        "torch": torch,
+        "linear_nll": linear_nll,
+        "lm_head": head,
+        "targets": targets,
+    }
+    scope |= {"base_hidden": before, "hidden": after}
+    exec(textwrap.dedent(told), scope)
+    assert want.min() > 1e-3
+    torch.testing.assert_close(scope["kl"], want)
+    grads = [torch.autograd.grad(x.mean(), after)[0] for x in (scope["kl"], want)]
+    torch.testing.assert_close(*grads)
 
 
 def test_sequence_nll_is_a_mean_and_refuses_an_empty_sequence():
