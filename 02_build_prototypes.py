@@ -2,13 +2,14 @@
 """Stage 02: tokenise the mined sets, and phi and prototypes under the base model (section 3.1).
 
 phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is
-one). Each mined line becomes anchors of up to three kinds, by --context:
+one). Each mined line becomes anchors of up to three kinds, by --context, by default the first two:
   none    the paper's: bare sentences. The context is the BOS alone (the EOS where there is none).
-  seed    after "Sentence: <seed>\\nParaphrase:": positives and negatives as mined.
-  toxic   the same, after one of its own negatives, those with most of the seed's words: positives
+  toxic   after "Sentence: <negative>\\nParaphrase:", those with most of the seed's words: positives
           are the seed and those mined; negatives are that sentence itself, so that copying it
           counts against the model, and the other toxic ones. The first of each are `required`:
           always drawn.
+  seed    after the seed in that prompt: positives and negatives as mined. Teaches to paraphrase,
+          and so to leave the input.
 
 reads   runs/default/mined*.jsonl; or own pairs: --mined pairs.tsv, a toxic text and clean ones a
         line, with tabs between
@@ -60,7 +61,7 @@ class Options(Tap):
     mined: list[Path] | None = None  # instead of RUN/mined*.jsonl; .tsv: toxic and clean texts
     out: Path | None = None  # instead of RUN/prototypes.safetensors
     model: str = "assets/SmolLM2-135M-Instruct"  # path or hub id
-    context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # paper: none
+    context: list[Literal[CONTEXTS]] = ["none", "toxic"]  # paper: none
     toxic_contexts: Count = 4  # a mined line's at most (ours)
     positives: Count = 1  # an anchor's at most; 03 draws 1
     negatives: Count = 2  # an anchor's at most; 03 draws 2

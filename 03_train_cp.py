@@ -94,7 +94,7 @@ class Options(Tap):
     run: Path = Path("runs/default")  # folder of this run
     out: Path | None = None  # instead of RUN/adapter; OUT.training goes beside it
     # objective
-    context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # paper: none
+    context: list[Literal[CONTEXTS]] = [*CONTEXTS]  # of those in the store (paper: none)
     phi: Literal["nll", "perplexity"] = "nll"  # paper: perplexity
     distance: Literal["absolute", "signed"] = "signed"  # paper: absolute
     prototype: Literal["batch", "base"] = "batch"
