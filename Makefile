@@ -122,7 +122,7 @@ def write(folder, protocol, some):
             if protocol == "benign":
                 row |= {"group": found.lastgroup, "name": found[0]}
             f.write(json.dumps(row) + "\n")
-for folder, k, n in (("data/eval", 0, 120), ("data/dev", 120, 100)):
+for folder, k, n in (("data/eval", 0, 120), ("data/dev", 120, 360)):
     write(folder, "rewrite", rewrite[k : k + n])
     write(folder, "shown", rewrite[k : k + n])
     write(folder, "benign", benign[k // 2 : (k + n) // 2])
