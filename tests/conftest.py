@@ -23,6 +23,8 @@ STAGES = {
     "03": "03_train_cp",
     "04": "04_evaluate",
 }
+SETS = ["--positives", 2, "--negatives", 3, "--dtype", "float32"]
+SETS += ["--context", "none", "seed", "toxic"]  # of the run that most tests share
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -143,8 +145,7 @@ def trained(tiny, stage, tmp_path_factory) -> Path:
     """A run folder with mined sets, prototypes and an adapter of the tiny model."""
     run = tmp_path_factory.mktemp("run")
     write_jsonl(run / "mined.jsonl", [mined_line(i) for i in range(12)])
-    sets = ["--positives", 2, "--negatives", 3, "--dtype", "float32"]
-    assert stage("02", "--run", run, "--model", tiny, *sets) == 0
+    assert stage("02", "--run", run, "--model", tiny, *SETS) == 0
     steps = ["--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2]
     assert stage("03", "--run", run, *steps) == 0
     return run

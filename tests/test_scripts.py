@@ -121,8 +121,9 @@ def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
     sets = ["--positives", 1, "--negatives", 2, "--toxic-contexts", 1]
     assert stage("02", "--run", tmp_path, "--model", tiny, *sets) == 0
     store = load_file(tmp_path / "prototypes.safetensors")
-    assert torch.bincount(store["anchor"]).tolist() == [3] * 9
-    assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 9
+    assert torch.bincount(store["context"]).tolist() == [3, 0, 3]
+    assert torch.bincount(store["anchor"]).tolist() == [3] * 6
+    assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 6
 
 
 def sequences(store) -> list:

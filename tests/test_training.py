@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from conftest import ROOT, lines, mined_line, refused, write_jsonl
+from conftest import ROOT, SETS, lines, mined_line, refused, write_jsonl
 from cp_loss import fingerprint, model_nll
 
 # conftest's `trained`
@@ -518,8 +518,7 @@ def test_checkpointing_computes_layers_again(stage, trained, fresh, monkeypatch)
 
 def test_layers_spread_over_devices(stage, trained, tiny, tmp_path):
     shutil.copy(trained / "mined.jsonl", tmp_path)
-    sets = ["--positives", 2, "--negatives", 3, "--dtype", "float32"]
-    options = ["--model", tiny, "--device", "auto", *sets]
+    options = ["--model", tiny, "--device", "auto", *SETS]
     assert stage("02", "--run", tmp_path, *options) == 0
     stores = [
         load_file(run / "prototypes.safetensors") for run in (trained, tmp_path)
