@@ -4,19 +4,19 @@
 phi(x) is nats per token over the tokens of x, given x's context (a BOS, and a prompt if there is
 one). Each mined line becomes anchors of up to three kinds, by --context, by default the first two:
   none    the paper's: bare sentences. The context is the BOS alone (the EOS where there is none).
-  toxic   after "Sentence: <negative>\\nParaphrase:", those with most of the seed's words: positives
+  toxic   after "Sentence: <negative>\\nParaphrase:", the negatives of most of its words: positives
           are the seed and those mined; negatives are that sentence itself, so that copying it
           counts against the model, and the other toxic ones. The first of each are `required`:
           always drawn.
-  seed    after the seed in that prompt: positives and negatives as mined. Teaches to paraphrase,
-          and so to leave the input.
+  seed    after the seed in that prompt: positives and negatives as mined. With it outputs were a
+          little farther from their input.
 
 reads   runs/default/mined*.jsonl; or own pairs: --mined pairs.tsv, a toxic text and clean ones a
         line, with tabs between
 writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,)
         where phi begins, anchor (S,) ascending, is_positive (S,), required (S,), nll (S,),
         prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
-        (A,) 0/1/2; metadata: format, model,
+        (A,) 0 none, 1 seed, 2 toxic; metadata: format, model,
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
         phi, prompt, contexts, tensors (their checksum)
 

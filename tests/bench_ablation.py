@@ -12,7 +12,7 @@ writes  RUN/ablation/RECIPE.SEED/adapter, RUN/ablation/report (stage 04's, of al
 All recipes take stage 03's steps, LoRA, packing and, but where named, its anchors and draws. Peers'
 losses replace its objective. The last state is kept, not the one that our criterion likes. After
 arguments of its own and a `--` those of stage 04. What is trained and evaluated is not done again:
-remove RUN/ablation after mining anew. rloo needs TRL, see bench_rl.py.
+remove RUN/ablation after stage 01 or 02. rloo needs TRL, see bench_rl.py.
 """
 
 import importlib.util
