@@ -24,9 +24,9 @@ padded batch, with labels (S, L) that are -100 where a token doesn't count, and 
     sequence = counts.nonzero()[:, 0]                     # (T,) whose token it is
     nll      = linear_nll(hidden[:, :-1][counts], lm_head.weight, labels[:, 1:][counts])
 
-KL(base || tuned) of running text's next tokens, (T,), which holds that text at the base's (stage 03,
-from logits, with weight 10), is the Bregman divergence of linear_nll in `hidden`, so that it needs
-no (T, V) either. In float32; targets cancel; a head must be frozen and have no soft cap:
+KL(base || tuned) of running text's next tokens, (T,), which holds that text at the base's (in stage
+03, from logits, with weight 10), is the Bregman divergence of linear_nll in `hidden`, so that it
+needs no (T, V) either. In float32; targets cancel; a head must be frozen and have no soft cap:
 
     base   = base_hidden.detach().requires_grad_()        # (T, D), without the adapter
     was    = linear_nll(base, lm_head.weight, targets)
