@@ -70,7 +70,7 @@ class Options(Tap):
     prompt: str = "Sentence: {}\nParaphrase:"
     """context of seed and toxic anchors; stage 04 rewrites with it (ours)"""
     validation: Rate = 0.1  # share of mined lines held out
-    max_tokens: Count = 1024  # at once; more on a GPU
+    max_tokens: Count = 512  # at once; more on a GPU
     device: str | None = None  # auto: layers over all devices
     dtype: Literal["bfloat16", "float32", "nf4"] | None = None
     """of the base, in stages 03 and 04 too; default: the faster (paper: 4 bits)"""

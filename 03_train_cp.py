@@ -2,8 +2,8 @@
 """Stage 03: LoRA fine-tuning with prototype contrastive perplexity (paper, section 3, equation 3).
 
 Every step takes whole anchors and draws up to |P| positives and |N| negatives of each (by default
-all that stage 02 keeps). Sequences are packed into rows; no (tokens x vocabulary) tensor is made
-but for the few tokens of --utility. phi is one number a sequence. So processes share out a step's
+all that stage 02 keeps). Sequences are packed into rows, where an anchor's share their context; no
+(tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one number a sequence. So processes share out a step's
 sequences and exchange phi; each computes the same objective and goes backward through its own
 sequences with its share of d loss / d phi. Where their tokens exceed --budget, phi is taken without
 a graph first and the backward pass made a few sequences at a time: exact, for one forward pass
@@ -162,7 +162,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from cp_loss import cp_loss, fingerprint, load_model, model_nll, plan
+from cp_loss import cp_loss, fingerprint, load_model, model_nll
 
 
 def generator(seed):
@@ -235,16 +235,18 @@ def autocast(model):
 
 def phi(model, store, chosen, args) -> Tensor:
     """Nats per token of each chosen sequence, (S,)."""
-    ids = [store.ids[i] for i in chosen]
+    ids, start = [store.ids[i] for i in chosen], store.start[chosen].tolist()
+    # few at once are padded less; launches cost a GPU more
+    at_once = 512 if model.device.type == "cpu" else args.budget
     with autocast(model):
-        return model_nll(model, ids, store.start[chosen].tolist(), args.budget)
+        return model_nll(model, ids, start, at_once)
 
 
 def shared_phi(model, store, chosen, args):
     """phi of all chosen sequences (S,) on the CPU, the places in it of those that this process
     computed, and their phi with its graph."""
     process = PartialState()
-    places = torch.arange(len(chosen))[process.process_index :: process.num_processes]
+    places = torch.arange(len(chosen)).tensor_split(process.num_processes)[process.process_index]
     local = phi(model, store, chosen[places], args)
     everyone = torch.zeros(len(chosen), device=local.device)
     everyone[places.to(local.device)] = local.detach()
@@ -306,9 +308,10 @@ def gradient(model, store, chosen, args):
     if one_pass:
         local.backward(share)
     else:
-        sizes = [len(store.ids[i]) for i in chosen[places]]
-        for part in (sum(rows, []) for rows in plan(sizes, args.budget)):
-            phi(model, store, chosen[places[part]], args).backward(share[part])
+        sizes = torch.tensor([len(store.ids[i]) for i in chosen[places]])
+        number = sizes.cumsum(0) // args.budget  # of the part that a sequence is in
+        for part in (number == k for k in number.unique()):
+            phi(model, store, chosen[places[part]], args).backward(share[part.to(share.device)])
     loss = loss.item()
     if args.utility and process.is_main_process:
         loss += utility_step(model, store, chosen, args)

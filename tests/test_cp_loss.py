@@ -26,7 +26,6 @@ from cp_loss import (
     linear_nll,
     load_model,
     model_nll,
-    plan,
     sequence_nll,
 )
 
@@ -505,14 +504,15 @@ GPT = {
 }
 FAMILIES = {
     "Llama": SMALL,
-    "Mistral": SMALL,
+    "Mistral": SMALL | {"sliding_window": 40},
     "Qwen2": SMALL,
     "Qwen3": SMALL | {"head_dim": 8},
     "Falcon": GPT,
     "GPTNeoX": GPT,
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 97},
-    "Gemma2": SMALL | {"head_dim": 8, "final_logit_softcapping": 2.0},
-    "Gemma3Text": SMALL | {"head_dim": 8},
+    "Gemma2": SMALL
+    | {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 40},
+    "Gemma3Text": SMALL | {"head_dim": 8, "sliding_window": 40},
     "Cohere": SMALL | {"logit_scale": 0.5},
     "Granite": SMALL | {"logits_scaling": 4.0},
 }
@@ -532,22 +532,14 @@ def tiny(family: str):
     return model
 
 
-def test_plan():
-    def used(row):
-        return sum(sizes[i] for i in row)
-
-    sizes = [5, 3, 9, 2, 4]
-    assert plan(sizes, 9) == [[[2]], [[0, 4]], [[1, 3]]] and plan([], 8) == []
-    sizes = torch.randint(
-        1, 70, (200,), generator=torch.Generator().manual_seed(0)
-    ).tolist()
-    batches = plan(sizes, 512)
-    rows = [row for batch in batches for row in batch]
-    assert sorted(sum(rows, [])) == list(range(200))
-    assert all(used(row) <= 128 for row in rows)
-    assert len(rows) == math.ceil(sum(sizes) / 128)  # the least there is
-    assert all(len(batch) * max(map(used, batch)) <= 512 for batch in batches)
-    assert plan([600, 5, 5], 512) == [[[0]], [[1, 2]]]  # a longer one has its own
+def computed(model):
+    """(B, T) of each forward pass of the backbone, from now on."""
+    shapes = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    return shapes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -574,11 +566,42 @@ def test_packed_rows_give_each_models_own_nll(family, monkeypatch):
             (7, 100, 1),
         ):
             monkeypatch.setattr("cp_loss.ROW", row)
+            shapes = computed(model)
             got = model_nll(model, ids, start, max_tokens)
             torch.testing.assert_close(
                 got.double(), torch.stack(want), rtol=1e-4, atol=1e-4
             )
-            assert len(plan([5, 2, 11], max_tokens)) == batches
+            assert len(shapes) == batches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_context_is_computed_once(family):
+    """As if each sequence stood alone, beyond a sliding window and in rows that are full, too."""
+    model, random = tiny(family), torch.Generator().manual_seed(0)
+
+    def tokens(n):
+        return torch.randint(3, 97, (n,), generator=random)
+
+    contexts = [tokens(20), tokens(7), tokens(0)]
+    ends = [[tokens(n) for n in (9, 6, 4)] for _ in contexts]
+    ids = [torch.cat([c, e]) for c, some in zip(contexts, ends) for e in some]
+    start = [len(c) + 1 for c in contexts for _ in range(3)]
+    shapes = computed(model)
+    with torch.no_grad():
+        alone = [model_nll(model, [x], [s]) for x, s in zip(ids, start)]
+        shapes.clear()
+        got = model_nll(model, ids, start)
+        torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)
+        assert shapes == [(3, 20 + 9 + 6 + 4)]
+        torch.testing.assert_close(model_nll(model, 50 * ids, 50 * start)[-9:], got)
+        assert all(width <= 128 for _, width in shapes)
+        if getattr(model.config, "sliding_window", None):
+            window = torch.cat([tokens(model.config.sliding_window), *ends[0]])
+            long = model_nll(model, [window, *ids], [5, *start])
+            torch.testing.assert_close(long[1:], got, rtol=1e-4, atol=1e-4)
+            loss = model(input_ids=window[None], labels=window[None]).loss
+            got = model_nll(model, [*ids, window])[-1]
+            torch.testing.assert_close(got, loss, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
