@@ -3,11 +3,11 @@
 
 Every step takes whole anchors and draws up to |P| positives and |N| negatives of each (by default
 all that stage 02 keeps). Sequences are packed into rows, where an anchor's share their context; no
-(tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one number a sequence. So processes share out a step's
-sequences and exchange phi; each computes the same objective and goes backward through its own
-sequences with its share of d loss / d phi. Where their tokens exceed --budget, phi is taken without
-a graph first and the backward pass made a few sequences at a time: exact, for one forward pass
-more.
+(tokens x vocabulary) tensor is made but for the few tokens of --utility. phi is one number a
+sequence. So processes share out a step's sequences and exchange phi; each computes the same
+objective and goes backward through its own sequences with its share of d loss / d phi. Where their
+tokens exceed --budget, phi is taken without a graph first and the backward pass made a few
+sequences at a time: exact, for one forward pass more.
 
 reads   runs/default/prototypes.safetensors
 writes  runs/default/adapter/            PEFT adapter (safetensors), its README, the tokenizer
