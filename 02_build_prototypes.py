@@ -20,7 +20,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
         phi, prompt, contexts, tensors (their checksum)
 
-    python 02_build_prototypes.py                   # 2 minutes on 2 CPU cores
+    python 02_build_prototypes.py                   # 1½ minutes on 2 CPU cores
     python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
 """
 
