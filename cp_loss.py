@@ -127,8 +127,8 @@ def linear_nll(
     if bias is None:
         bias = weight.new_zeros(len(weight))
     chunk_size = chunk_size or (2048 if hidden.is_cpu else 8192)
-    fits = [hidden.shape, bias.shape] == [targets.shape + weight.shape[1:], weight.shape[:1]]
-    if not fits or hidden.ndim != 2 or (targets < 0).any():
+    shapes = [targets.shape + weight.shape[1:], weight.shape[:1]]
+    if [hidden.shape, bias.shape] != shapes or hidden.ndim != 2 or (targets < 0).any():
         raise ValueError(
             "hidden (T, D), weight (V, D), targets (T,) >= 0, bias (V,): not "
             f"{hidden.shape}, {weight.shape}, {targets.shape}, {bias.shape}"
@@ -259,7 +259,7 @@ def _rows(sequences, start, limit):
     first, for all its sequences."""
     rows, last = [], {}
     for i, ids in enumerate(sequences):
-        own, at = start[i] - 1, torch.arange(len(ids))
+        own, at = max(start[i], 1) - 1, torch.arange(len(ids))
         cells = torch.stack([ids, at, torch.where(at < own, 0, i + 1), at > own], 1)
         context = tuple(ids[:own].tolist())
         row = last.get(context)
@@ -292,7 +292,7 @@ def model_nll(
     for at in range(0, len(rows), size):
         grid = pad_sequence(rows[at : at + size], batch_first=True).to(head.weight.device)
         ids, position, owner, counts = grid.unbind(2)  # (B, T)
-        key, query = owner[:, None], owner[:, :, None]
+        key, query = owner[:, None], owner[..., None]
         seen = ((key == query) | (key == 0)).tril()[:, None]  # (B, 1, T, T)
         hidden = backbone(
             input_ids=ids,
@@ -300,7 +300,7 @@ def model_nll(
             attention_mask=seen.to(head.weight.dtype).log() if short else None,
             use_cache=False,
         ).last_hidden_state
-        counts = counts.bool()
+        counts = counts > 0
         # layers may be spread over devices
         hidden = hidden.to(ids.device)[:, :-1][counts[:, 1:]]  # (N, D)
         nll.append(linear_nll(hidden * scale, head.weight, ids[counts], head.bias, softcap=softcap))

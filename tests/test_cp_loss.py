@@ -597,6 +597,8 @@ def test_a_context_is_computed_once(family):
         torch.testing.assert_close(got, torch.cat(alone), rtol=1e-4, atol=1e-4)
         assert shapes == [(3, 20 + 9 + 6 + 4)]
         torch.testing.assert_close(model_nll(model, 50 * ids, 50 * start)[-9:], got)
+        first = [model_nll(model, ids, 9 * [s]) for s in (0, 1)]  # it never counts
+        torch.testing.assert_close(*first)
     assert len(shapes) > 2 and all(64 < width <= 128 for _, width in shapes[1:])
 
 
