@@ -187,9 +187,10 @@ def ours_or_official(way: str, base, store, picks, args, given) -> dict:
 
 
 def operations(base, store, chosen, utility: float) -> float:
-    """Of a step's products, once each: forward, and backward to what is not frozen."""
+    """Of a step's products, once each, a shared context's too: forward, and backward to what is
+    not frozen."""
     neutral = chosen[store.is_positive[chosen]][:6]  # utility_step's
-    size = [len(store.ids[i]) for i in chosen]
+    contexts = {tuple(store.ids[i][: store.start[i]].tolist()) for i in chosen}
     scored = [len(store.ids[i]) - int(store.start[i]) for i in chosen]
     alone = 1 + sum(len(store.ids[i]) - int(store.start[i]) for i in neutral)
     alone *= utility > 0
@@ -201,7 +202,8 @@ def operations(base, store, chosen, utility: float) -> float:
             lora += module.weight.numel()
         elif name.endswith("base_layer"):
             trunk += module.in_features * module.out_features
-    ours = sum(size) * (4 * trunk + 6 * lora) + sum(scored) * 4 * head
+    size = sum(scored) + sum(map(len, contexts))
+    ours = size * (4 * trunk + 6 * lora) + sum(scored) * 4 * head
     return ours + alone * (6 * trunk + 8 * lora + 6 * head)
 
 
@@ -243,7 +245,7 @@ def scoring(base, store) -> float:
 
     def run():
         with torch.no_grad():
-            model_nll(base, chosen)
+            model_nll(base, chosen, max_tokens=16384)
 
     times = [seconds(run, base.device) for _ in range(5)]
     return sum(map(len, chosen)) / statistics.median(times[1:])
