@@ -262,7 +262,7 @@ lint: .venv/done                ## format and lint, as CI does
 	.venv/bin/ruff check .
 
 test: .venv/done assets/done data    ## all tests
-	$(PY) -m pytest -q --durations=5 tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal --durations=5 tests
 
 clean:                          ## removes runs; assets, data and .venv stay
 	rm -rf runs .pytest_cache
