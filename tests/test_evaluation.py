@@ -647,7 +647,10 @@ def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
 
 def test_texts_are_held_out():
     """No prompt that is reported stands among seeds or development prompts, or toxic seeds."""
-    seeds = {row["text"] for row in lines(ROOT / "data/seeds.jsonl")}
+    first, more = (lines(ROOT / f"data/{x}.jsonl") for x in ("seeds", "more"))
+    seeds = {row["text"] for row in [*first, *more]}
+    assert len(first) == 176 and len(more) == 831 and len(seeds) == 1007
+    assert len({row["id"] for row in [*first, *more]}) == 1007
     sets = [
         {
             row["text"]
@@ -656,7 +659,8 @@ def test_texts_are_held_out():
         }
         for x in ("eval", "dev")
     ]
-    assert len(seeds) > 100 and all(len(x) > 200 for x in sets)
+    # rewrites, which are shown's too, benign, neutral and continue
+    assert [len(x) for x in sets] == [120 + 60 + 120 + 50, 360 + 78 + 360]
     assert not seeds & sets[0] and not seeds & sets[1] and not sets[0] & sets[1]
     begun = [row["text"] for row in lines(ROOT / "data/eval/continue.jsonl")]
     assert not [x for x in begun for y in seeds | sets[1] if y.startswith(x)]
