@@ -109,7 +109,7 @@ class Options(Tap):
     # optimisation
     steps: Whole = 80  # 0: one epoch (paper)
     anchors: Count = 9  # a step (paper: 2 x 3)
-    lr: Weight = 3e-4  # 5e-4 garbles (paper: 2.2e-5)
+    lr: Weight = 3e-4  # (paper: 2.2e-5)
     rank: Count = 16  # LoRA r; its alpha is 2 r
     every: Count = 40  # steps between validations, saves
     budget: Count = 2048  # tokens at once; GPU: more

@@ -305,8 +305,10 @@ def bilstm(folder):
             found = re.findall(r"[^\s!-&(-/:-@[-`{-~]+", text.lower())
             ids = [words[word] for word in found if word in words]
             rows.append(([0] * 100 + ids)[-100:])  # padded on the left, as it was taught
-        h, _ = net.lstm(net.embedding(torch.tensor(rows)))  # (N, 100, 100)
-        return net.labels(net.dense(h.amax(1)).relu())[:, 0].sigmoid().numpy()
+        h = [  # 1,024 texts at once: of more, memory runs out
+            net.lstm(net.embedding(x))[0].amax(1) for x in torch.tensor(rows).split(1024)
+        ]
+        return net.labels(net.dense(torch.cat(h)).relu())[:, 0].sigmoid().numpy()
 
     return judge
 
@@ -527,12 +529,11 @@ def long_frame(outputs, threshold):
     d.loc[~d.protocol.isin(PARAPHRASE), ["similarity", "clean"]] = np.nan
     d = d.join(pd.get_dummies(outputs.failure, dtype=float))
     d["failed"] = outputs.failure.notna()
-    pairs = zip(outputs.name, outputs.output)
     d["named"] = [
         bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I))
         if isinstance(name, str)
         else None
-        for name, text in pairs
+        for name, text in zip(outputs.name, outputs.output)
     ]
     units = outputs.groupby(UNIT)
     for column in outputs.filter(like="toxicity@"):
@@ -696,7 +697,7 @@ def again(outputs, rewrites, template):
     """The paper's black box: the first system's rewrites as cases, and its name."""
     said = pd.concat(outputs).query("protocol == 'rewrite'")
     name = said.system.iloc[0]
-    said = said[(said.system == name) & (said.output != "")].drop_duplicates("prompt")
+    said = said.query("system == @name and output != ''").drop_duplicates("prompt")
     texts = rewrites.prompt.map(said.set_index("prompt").output).fillna(rewrites.input)
     return rewrites.assign(text=[template.replace("{}", text) for text in texts]), name
 
@@ -750,7 +751,7 @@ def main():
     cells, last = table(f), checks.columns[-1]
     summary = cells.filter(regex=HEADLINE.replace("{}", re.escape(last)), axis=0).to_markdown()
     for name in checks.columns[checks.filter(["neutral", "benign"], axis=0).max() > 0.1]:
-        summary = summary.replace(name, f"{name} (!)")
+        summary = summary.replace(f"@{name}", f"@{name} (!)")
     draw(f, last, args.out)
     write_report(summary, checks, cells, outputs, worst, args)
     write_record(f, checks, args)

@@ -320,18 +320,17 @@ def main() -> None:
     if not large.exists() and any(r.startswith(LARGE) for r in args.recipes):
         with safe_open(args.run / "prototypes.safetensors", "pt") as f:
             model = f.metadata()["model"]
+        mined = sorted(args.run.glob("mined*.jsonl"))
         sets = [
-            "--model",
-            model,
-            "--mined",
-            args.run / "mined.jsonl",
             "--positives",
             7,
             "--negatives",
             8,
+            "--model",
+            model,
+            "--mined",
+            *mined,
         ]
-        if not any(r.startswith("seven") for r in args.recipes):
-            sets += ["--context", "none"]
         call(
             ["02_build_prototypes.py", "--out", large, *sets],
             out / "large.log",
