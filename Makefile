@@ -229,7 +229,7 @@ data/seeds.jsonl: assets/done
 	$(PY) -c "$$SEEDS" $@ 0 "55 31 40 50"
 
 data/more.jsonl: data/eval/rewrite.jsonl
-	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/*/*.jsonl
+	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/{eval,dev}/*.jsonl
 
 data/eval/rewrite.jsonl: data/seeds.jsonl
 	$(PY) -c "$$TEXTS"

@@ -320,19 +320,9 @@ def main() -> None:
     if not large.exists() and any(r.startswith(LARGE) for r in args.recipes):
         with safe_open(args.run / "prototypes.safetensors", "pt") as f:
             model = f.metadata()["model"]
-        mined = sorted(args.run.glob("mined*.jsonl"))
-        sets = [
-            "--positives",
-            7,
-            "--negatives",
-            8,
-            "--model",
-            model,
-            "--mined",
-            *mined,
-        ]
+        sets = ["--positives", 7, "--negatives", 8, "--model", model]
         call(
-            ["02_build_prototypes.py", "--out", large, *sets],
+            ["02_build_prototypes.py", "--run", args.run, "--out", large, *sets],
             out / "large.log",
             os.cpu_count(),
         )
