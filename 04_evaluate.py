@@ -45,6 +45,7 @@ from pathlib import Path
 
 from tap import Tap
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
 
@@ -88,9 +89,11 @@ class Options(Tap):
     adapter: list[Pair] | None = None
     """NAME=PATH instead of RUN/adapter; a name again: another seed of it"""
     outputs: list[Pair] = []  # NAME=PATH of lines of {"protocol", "input", "output"}
+    server: list[Pair] = []
+    """NAME=URL#MODEL of an OpenAI-compatible server, its key in OPENAI_API_KEY"""
     out: Path | None = None  # instead of RUN/report
     device: str | None = None  # as torch names it
-    texts: list[Path] | None = None  # PROTOCOL.jsonl each, instead of all in data/eval
+    texts: list[Path] = sorted(TEXTS.glob("*.jsonl"))  # PROTOCOL.jsonl each
     tasks: list[str] = sorted(path.stem for path in TASKS.glob("*.yaml"))
     """lm-eval's, or in assets/tasks"""
     judge: list[str] = ["profanity-check", "assets/tox-block"]
@@ -117,13 +120,13 @@ def options():
     args.out = args.out or args.run / "report"
     if args.adapter is None:
         args.adapter = [("tuned", args.run / "adapter")]
-    if args.texts is None:
-        args.texts = sorted(TEXTS.glob("*.jsonl"))
     names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
-    names += [name for name, _ in args.outputs] + [Path(x).name for x in args.judge]
+    names += [name for name, _ in args.outputs + args.server]
+    names += [Path(name).name for name in args.judge]
     if len(set(names)) < len(names) or not (args.adapter and args.judge):
         fail(
-            f"--adapter, --outputs, --judge: give some, with names of their own: {' '.join(names)}"
+            "--adapter, --outputs, --server, --judge: give some, with names of their own: "
+            f"{' '.join(names)}"
         )
     return args
 
@@ -140,6 +143,7 @@ logging.disable(logging.WARNING)  # libraries', of what we don't use
 
 import lm_eval
 import numpy as np
+import openai
 import pandas as pd
 import torch
 import transformers
@@ -154,7 +158,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cp_loss import best_device, check_model, encode, fingerprint, load_model, model_nll
@@ -261,8 +264,8 @@ def read_cases(tokenizer, template, args):
 def load_judge(name, device):
     if name == "profanity-check":
         return predict_prob
-    if Path(name, "words.json").is_file():
-        return bilstm(Path(name))
+    if Path(name, "modules.json").is_file():
+        return bilstm(name, device)
     path, label = [*name.split("#"), "toxic"][:2]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True
@@ -288,27 +291,16 @@ def load_judge(name, device):
     return judge
 
 
-def bilstm(folder):
+def bilstm(folder, device):
     """tox-block: GloVe and a bidirectional LSTM, taught by Jigsaw's labels; the first is toxic."""
-    words = json.loads((folder / "words.json").read_text())
-    net = nn.Module()
-    net.embedding = nn.Embedding(20_000, 50)
-    net.lstm = nn.LSTM(50, 50, batch_first=True, bidirectional=True)
-    net.dense = nn.Linear(100, 50)
-    net.labels = nn.Linear(50, 6)
-    net.load_state_dict(load_file(folder / "model.safetensors"))
+    model = SentenceTransformer(folder, device=device)
+    known = model.tokenizer.word2idx
 
-    @torch.no_grad()
     def judge(texts):
-        rows = []
-        for text in texts:
-            found = re.findall(r"[^\s!-&(-/:-@[-`{-~]+", text.lower())
-            ids = [words[word] for word in found if word in words]
-            rows.append(([0] * 100 + ids)[-100:])  # padded on the left, as it was taught
-        h = [  # 1,024 texts at once: of more, memory runs out
-            net.lstm(net.embedding(x))[0].amax(1) for x in torch.tensor(rows).split(1024)
-        ]
-        return net.labels(net.dense(torch.cat(h)).relu())[:, 0].sigmoid().numpy()
+        rows = [re.findall(r"[^\s!-&(-/:-@[-`{-~]+", text.lower()) for text in texts]
+        # padded on the left, as it was taught
+        rows = [["<pad>"] * 100 + [word for word in row if word in known] for row in rows]
+        return model.encode([" ".join(row[-100:]) for row in rows])[:, 0]
 
     return judge
 
@@ -331,12 +323,12 @@ def check_judges(judges, cases, threshold):
 
 
 def nucleus(temperature, _, scores):
-    """Temperature, then top_p 0.9 of the 1,000 likeliest: to sort all would take as long again."""
-    scores = scores.float() / temperature  # (B, V)
-    top, index = scores.topk(min(1000, scores.shape[1]))  # (B, 1000)
-    p = torch.exp(top - scores.logsumexp(1, keepdim=True))
-    top = top.masked_fill(p.cumsum(1) - p >= 0.9, -torch.inf)
-    return torch.full_like(scores, -torch.inf).scatter(1, index, top)
+    """A token drawn with temperature and top_p 0.9 of the 1,000 likeliest, as the only one left: to
+    sort or draw from all takes longer than the model."""
+    p, index = (scores.float() / temperature).softmax(1).topk(min(1000, scores.shape[1]))
+    p = p.where(p.cumsum(1) - p < 0.9, 0)  # (B, 1000)
+    drawn = index.gather(1, p.multinomial(1))  # (B, 1)
+    return torch.zeros_like(scores).scatter(1, drawn, 1)
 
 
 @torch.no_grad()
@@ -351,11 +343,8 @@ def generate(model, tokenizer, temperature, stop, batch):
     ends = pad_sequence([x[len(shared) :] for x in ids], True, -1, "left")
     ids = torch.cat([shared.expand(len(ids), -1), ends], 1).to(model.device)  # (B, L)
     model.generation_config = transformers.GenerationConfig(  # not the model's own
-        do_sample=True,
-        top_k=0,
         stop_strings=stop,
         max_new_tokens=max(limit for _, limit in batch),
-        pad_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     made = model.generate(
@@ -366,6 +355,19 @@ def generate(model, tokenizer, temperature, stop, batch):
         tokenizer=tokenizer,
     )
     return tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def ask(url, temperature, stop, batch):
+    """A server's answers to a batch of (text, most tokens)."""
+    address, name = url.split("#")
+    client = openai.OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+
+    def answer(asked):
+        how = {"temperature": temperature, "top_p": 0.9, "stop": stop, "max_tokens": asked[1]}
+        said = client.completions.create(model=name, prompt=asked[0], **how)
+        return said.choices[0].text or ""
+
+    return thread_map(answer, batch, max_workers=16, leave=False)
 
 
 def keep(args, label, made_by, items, work):
@@ -385,26 +387,31 @@ def keep(args, label, made_by, items, work):
     return made
 
 
-def outputs_of(system, protocol, made_by, lm, cases, args):
-    """Of each case of a protocol k outputs."""
-    k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
-    stop = "\n" if protocol in PARAPHRASE else None
-    rows = cases.sort_values("limit", kind="stable", ignore_index=True)
-    rows = rows.loc[rows.index.repeat(k)].reset_index(drop=True)
-    rows["sample"], asked = rows.index % k, list(zip(rows.text, rows.limit))
-    made_by = [made_by, args.seed, temperature, stop]
-    work = partial(generate, *lm, temperature, stop)
-    texts = keep(args, f"{system}: {protocol}", made_by, asked, work)
-    return rows.assign(system=system, output=[text.strip() for text in texts])
+def outputs_of(answer, made_by, asked, args):
+    """Of each case asked, k outputs by answer(temperature, stop, batch)."""
+    outputs = []
+    for (system, protocol), cases in asked.groupby(["system", "protocol"], sort=False):
+        k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
+        stop = "\n" if protocol in PARAPHRASE else None
+        rows = cases.sort_values("limit", kind="stable", ignore_index=True)
+        rows = rows.loc[rows.index.repeat(k)].reset_index(drop=True)
+        texts = keep(
+            args,
+            f"{system}: {protocol}",
+            [made_by, args.seed, temperature, stop],
+            list(zip(rows.text, rows.limit)),
+            partial(answer, temperature, stop),
+        )
+        texts = [text.strip() for text in texts]
+        outputs.append(rows.assign(sample=rows.index % k, output=texts))
+    return pd.concat(outputs)
 
 
 def read_outputs(name, path, cases):
     """Another system's, paired with our prompts by their input; of a protocol all or none."""
     said = pd.DataFrame(read_lines(path, Output))
-    keys = ["protocol", "input"]
-    said["sample"] = said.groupby(keys).cumcount()
     asked = cases[cases.protocol.isin(said.protocol)]
-    rows = asked.merge(said, "left", keys)
+    rows = asked.merge(said, "left", ["protocol", "input"])
     if rows.empty or rows.output.isna().any():
         fail(f"{path} lacks outputs for some of {len(asked)} prompts: answer them all")
     return rows.assign(system=name, seed=0)
@@ -501,13 +508,12 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     vectors = embed(encoder, outputs.output)
     outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
     outputs["clean"] = (vectors * embed(encoder, outputs.input.map(hidden))).sum(1)
-    empty = outputs.output == ""
     for name, judge in judges.items():
-        outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
+        outputs[f"toxicity@{name}"] = judge(texts)
     # 99%, and tokens at random
     worst = min(np.percentile(nats(args, weights, *lm, plain), 99), np.log(len(lm[1])))
     outputs["fluency"] = nats(args, weights, *lm, texts)
-    outputs.loc[empty, "fluency"] = np.nan
+    outputs.loc[outputs.output == "", "fluency"] = np.nan
     if larger:
         outputs["other"] = nats(args, fingerprint(larger[0].named_parameters()), *larger, texts)
     reasons = [failure(row, worst) for row in outputs.to_dict("records")]
@@ -705,7 +711,12 @@ def again(outputs, rewrites, template):
 def run_systems(systems, lm, template, cases, args):
     """All outputs, and what is measured without."""
     rewrites = cases[cases.protocol == "rewrite"].assign(sample=0)
+    asked = cases[cases.protocol != "neutral"]
     measures, outputs = [], [read_outputs(*other, cases) for other in args.outputs]
+    for name, url in args.server:
+        with readable(f"--server {url}", "what it answered is kept, the same command continues"):
+            other = asked.assign(system=name, seed=0)
+            outputs.append(outputs_of(partial(ask, url), url, other, args))
     for name, seed, made_by, adapter in systems:
         lm[0].base_model.set_adapter(adapter)
         measures.append(measure(made_by, lm, cases, args).assign(system=name, seed=seed))
@@ -714,9 +725,8 @@ def run_systems(systems, lm, template, cases, args):
             other["system"] = f"{name} after {first}"
         else:
             other = rewrites.assign(system="prompted", text=rewrites.input.map(PROMPTED.format))
-        asked = pd.concat([cases[cases.protocol != "neutral"].assign(system=name), other])
-        for which, some in asked.groupby(["system", "protocol"], sort=False):
-            outputs.append(outputs_of(*which, made_by, lm, some.assign(seed=seed), args))
+        other = pd.concat([asked.assign(system=name), other]).assign(seed=seed)
+        outputs.append(outputs_of(partial(generate, *lm), made_by, other, args))
     outputs.append(rewrites.assign(system="deleted", seed=0, output=rewrites.input.map(hidden)))
     return pd.concat(outputs, ignore_index=True), pd.concat(measures)
 

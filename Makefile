@@ -169,9 +169,11 @@ endef
 # The second judge: Keras weights and the index of words of a pickled tokenizer, read by an
 # unpickler that builds nothing but dicts and numbers.
 define JUDGE
-import h5py, json, os, pickle, torch
-from safetensors.torch import save_file
-FOLDER, OUT = "assets/tox_block/trained_models", "assets/tox-block"
+import h5py, pickle, torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, LSTM, Pooling, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+FOLDER = "assets/tox_block/trained_models"
 class Plain(pickle.Unpickler):
     def find_class(self, module, name):
         known = {"OrderedDict": dict, "defaultdict": lambda *_: {}, "int": int}
@@ -180,20 +182,25 @@ words = Plain(open(f"{FOLDER}/encoder_0.1.2.pkl", "rb")).load().tokenizer.word_i
 weights = h5py.File(f"{FOLDER}/lstm_model_0.1.2.h5")["model_weights"]
 def read(name):
     return torch.tensor(weights[name + ":0"][()].T).contiguous()
-state = {"embedding.weight": read("embedding/embedding/embeddings").T.contiguous()}
+def dense(name, activation):
+    weight, bias = read(f"{name}/{name}/kernel"), read(f"{name}/{name}/bias")
+    return Dense(*weight.T.shape, True, activation, weight, bias)
+tokenizer = WhitespaceTokenizer(["<pad>", *sorted(words, key=words.get)][:20_000], [])
+lstm, state = LSTM(50, 50), {}
 for way, end in (("forward", ""), ("backward", "_reverse")):
     name = f"bidirectional/bidirectional/{way}_lstm/"
-    state |= {f"lstm.weight_ih_l0{end}": read(name + "kernel"),
-              f"lstm.weight_hh_l0{end}": read(name + "recurrent_kernel"),
-              f"lstm.bias_ih_l0{end}": read(name + "bias"),
-              f"lstm.bias_hh_l0{end}": torch.zeros(200)}  # Keras has one bias
-for name, ours in (("dense", "dense"), ("dense_1", "labels")):
-    state[f"{ours}.weight"] = read(f"{name}/{name}/kernel")
-    state[f"{ours}.bias"] = read(f"{name}/{name}/bias")
-os.makedirs(OUT, exist_ok=True)
-save_file(state, f"{OUT}/model.safetensors")
-with open(f"{OUT}/words.json", "w", encoding="utf-8") as f:
-    json.dump({word: i for word, i in words.items() if i < 20_000}, f)
+    state |= {f"weight_ih_l0{end}": read(name + "kernel"),
+              f"weight_hh_l0{end}": read(name + "recurrent_kernel"),
+              f"bias_ih_l0{end}": read(name + "bias"),
+              f"bias_hh_l0{end}": torch.zeros(200)}  # Keras has one bias
+lstm.encoder.load_state_dict(state)
+SentenceTransformer(modules=[
+    WordEmbeddings(tokenizer, read("embedding/embedding/embeddings").T),
+    lstm,
+    Pooling(100, pooling_mode="max"),
+    dense("dense", torch.nn.ReLU()),
+    dense("dense_1", torch.nn.Sigmoid()),
+]).save("assets/tox-block", create_model_card=False)
 endef
 export WHEELS GEMMA CONVERT SEEDS TEXTS TASKS JUDGE
 

@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
@@ -343,6 +345,63 @@ def test_seeds_of_a_recipe_and_other_systems(
     assert {"ours after same"} < set(got["rewrite/similarity"])
 
 
+def test_a_server_is_a_system_and_is_asked_once(stage, command, tmp_path, capsys):
+    answered = []
+
+    class Server(BaseHTTPRequestHandler):
+        healthy = False
+
+        def log_message(self, *_):
+            pass
+
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            good = self.path == "/v1/completions" and (
+                Server.healthy or asked["prompt"].startswith("Sentence: You")
+            )
+            text = f" They saw the {asked['prompt'].split()[-2]}. "
+            choice = {"index": 0, "finish_reason": "stop", "text": text}
+            about = {"id": "x", "object": "text_completion", "created": 0}
+            body = json.dumps(about | {"model": "m", "choices": [choice]}).encode()
+            self.send_response(200 if good else 400)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+            if good:
+                answered.append(asked)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    command = [*command, "--out", tmp_path, "--server"]
+    refused(capsys, stage(*command, f"fake={url}"), "--server", "the same command")
+    refused(capsys, stage(*command, f"fake={url}#m"), f"--server {url}#m", "400")
+    assert {x["prompt"][:13] for x in answered} == {"Sentence: You"}
+    Server.healthy = True
+    assert stage(*command, f"fake={url}#m") == 0
+    server.shutdown()
+
+    assert (
+        len(answered) == 5 + 5 + 2 * 5 + 5
+    )  # rewrite, shown, two continuations, benign
+    for asked in answered:
+        on = asked["prompt"].startswith("Then")
+        how = {"model": "m", "temperature": 1.0 if on else 0.1, "top_p": 0.9}
+        how |= {"stop": None if on else "\n"}
+        assert {key: asked[key] for key in how} == how
+        assert asked["max_tokens"] == 20 or not on
+    rows = [
+        x for x in lines(tmp_path / "generations.jsonl") if x["system"] == "fake"
+    ]
+    assert len(rows) == len(answered)
+    wanted = {x["prompt"].split()[-2] for x in answered}
+    assert {x["output"] for x in rows} == {f"They saw the {w}." for w in wanted}
+    got = figures(tmp_path)
+    assert "tuned after fake" in got["rewrite/similarity"]
+    assert "fake" not in got["neutral/nll"]
+
+
 def test_others_outputs_are_stripped_as_our_own(module, tmp_path):
     said = {"protocol": "rewrite", "input": "You fool. ", "output": " You. "}
     path = write_jsonl(tmp_path / "said.jsonl", [said])
@@ -547,10 +606,20 @@ def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
     assert made[0] == made[1]
 
 
-def test_a_small_vocabulary_can_be_sampled(module):
-    p = torch.tensor([[0.05, 0.6, 0.35]])
-    kept = module.nucleus(1.0, None, p.log()).softmax(-1)
-    assert torch.allclose(kept, torch.tensor([[0.0, 0.6, 0.35]]) / 0.95)
+def test_draws_are_of_the_likeliest(module):
+    """Of 0.9 of the mass, at their odds, also of a small vocabulary; what is returned leaves one
+    token a row."""
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.05, 0.6, 0.35]]).log().expand(4000, -1)
+    for temperature, wanted in (
+        (1.0, [0.0, 0.632, 0.368]),
+        (0.5, [0.0, 0.746, 0.254]),
+    ):
+        left = module.nucleus(temperature, None, scores)
+        assert left.count_nonzero() == 4000
+        assert torch.allclose(left.mean(0), torch.tensor(wanted), atol=0.03)
+    wide = torch.zeros(1, 3000).index_fill(1, torch.tensor([7]), 100.0)
+    assert module.nucleus(0.1, None, wide).argmax() == 7
 
 
 def test_generation_shares_prompts_and_changes_nothing(module, tiny):
