@@ -15,9 +15,10 @@ neutral    nats per token of single sentences, after a BOS and without
 Beside them lm-eval's tasks, of which wiki is running text (nats per word; lm-eval's windows).
 
 Systems: the base; adapters; "NAME after base", an adapter that rewrites the base's rewrites, or
-those of the first --outputs, and where they are empty the input (the paper's black box); and two
-that need no training. deleted: the words that profanity-check minds are cut out of the input (Dale
-et al. 2021). prompted: the base is asked with four rude -> polite examples.
+those of the first --outputs or --server, and where they are empty the input (the paper's black
+box); others' outputs; servers; and two that need no training. deleted: the words that
+profanity-check minds are cut out of the input (Dale et al. 2021). prompted: the base is asked with
+four rude -> polite examples.
 
 reads   data/eval/, assets/, runs/default/prototypes.safetensors, runs/default/adapter
 writes  runs/default/report/  report.md, rewrites.png, report.json (every figure: value, 95%
@@ -27,6 +28,7 @@ writes  runs/default/report/  report.md, rewrites.png, report.json (every figure
     python 04_evaluate.py                                    # 8½ minutes on 2 CPU cores
     python 04_evaluate.py --threshold 0.8                    # scores again what is kept: 30 s
     python 04_evaluate.py --adapter ours=a ours=b dpo=c      # a and b: seeds of one recipe
+    python 04_evaluate.py --server mine=http://localhost:8000/v1#my-model
     python 04_evaluate.py --limit 8 --k 2 --tasks            # tiny, no tasks: a minute
 """
 

@@ -345,42 +345,46 @@ def test_seeds_of_a_recipe_and_other_systems(
     assert {"ours after same"} < set(got["rewrite/similarity"])
 
 
-def test_a_server_is_a_system_and_is_asked_once(stage, command, tmp_path, capsys):
-    answered = []
+class Server(BaseHTTPRequestHandler):
+    """Says something of a prompt's last word but one; ill, only of prompts of one protocol."""
 
-    class Server(BaseHTTPRequestHandler):
-        healthy = False
+    healthy, answered = False, []
 
-        def log_message(self, *_):
-            pass
+    def log_message(self, *_):
+        pass
 
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            good = self.path == "/v1/completions" and (
-                Server.healthy or asked["prompt"].startswith("Sentence: You")
-            )
-            text = f" They saw the {asked['prompt'].split()[-2]}. "
-            choice = {"index": 0, "finish_reason": "stop", "text": text}
-            about = {"id": "x", "object": "text_completion", "created": 0}
-            body = json.dumps(about | {"model": "m", "choices": [choice]}).encode()
-            self.send_response(200 if good else 400)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-            if good:
-                answered.append(asked)
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        good = Server.healthy or asked["prompt"].startswith("Sentence: You")
+        text = f" They saw the {asked['prompt'].split()[-2]}. "
+        choice = {"index": 0, "finish_reason": "stop", "text": text}
+        about = {"id": "x", "object": "text_completion", "created": 0, "model": "m"}
+        body = json.dumps(about | {"choices": [choice]}).encode()
+        self.send_response(200 if good else 400)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+        if good:
+            self.answered.append(asked)
 
+
+@pytest.fixture
+def url():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    command = [*command, "--out", tmp_path, "--server"]
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_a_server_is_a_system(stage, command, url, tmp_path, capsys):
+    """One that fails loses nothing: what it has answered it is not asked again."""
+    command, answered = [*command, "--out", tmp_path, "--server"], Server.answered
     refused(capsys, stage(*command, f"fake={url}"), "--server", "the same command")
     refused(capsys, stage(*command, f"fake={url}#m"), f"--server {url}#m", "400")
     assert {x["prompt"][:13] for x in answered} == {"Sentence: You"}
     Server.healthy = True
     assert stage(*command, f"fake={url}#m") == 0
-    server.shutdown()
 
     assert (
         len(answered) == 5 + 5 + 2 * 5 + 5
