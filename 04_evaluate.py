@@ -50,6 +50,7 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 TEXTS, TASKS = Path("data/eval"), Path("assets/tasks")
+OUR_TASKS = sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 class Count(int):
@@ -96,8 +97,7 @@ class Options(Tap):
     out: Path | None = None  # instead of RUN/report
     device: str | None = None  # as torch names it
     texts: list[Path] = sorted(TEXTS.glob("*.jsonl"))  # PROTOCOL.jsonl each
-    tasks: list[str] = sorted(path.stem for path in TASKS.glob("*.yaml"))
-    """lm-eval's, or in assets/tasks"""
+    tasks: list[str] = OUR_TASKS  # in assets/tasks; or lm-eval's own
     judge: list[str] = ["profanity-check", "assets/tox-block"]
     """first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"""
     threshold: Rate = 0.5  # toxic from this score on
@@ -365,8 +365,14 @@ def ask(url, temperature, stop, batch):
     client = openai.OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(asked):
-        how = {"temperature": temperature, "top_p": 0.9, "stop": stop, "max_tokens": asked[1]}
-        said = client.completions.create(model=name, prompt=asked[0], **how)
+        said = client.completions.create(
+            model=name,
+            prompt=asked[0],
+            max_tokens=asked[1],
+            temperature=temperature,
+            top_p=0.9,
+            stop=stop,
+        )
         return said.choices[0].text or ""
 
     return thread_map(answer, batch, max_workers=16, leave=False)
@@ -442,20 +448,26 @@ def measure(made_by, lm, cases, args):
         plain.assign(metric=metric, value=nats(args, made_by, *lm, plain.input, begin))
         for begin, metric in enumerate(["nll", "nll_no_bos"])
     ]
-    work = partial(run_tasks, *lm, args.limit)
+    work = partial(run_tasks, *lm, args)
     items = keep(args, "tasks", [made_by, args.limit], args.tasks, work)
     items = pd.DataFrame(items, columns=["protocol", "prompt", "metric", "value"])
     return pd.concat([*frames, items])
 
 
-def run_tasks(model, tokenizer, limit, tasks):
+def run_tasks(model, tokenizer, args, tasks):
     """Accuracy, or nats per word, of each item."""
     rows = []
     with readable("--tasks", "give names that lm-eval knows"):
-        lm = HFLM(model, tokenizer=tokenizer, batch_size=32, add_bos_token=True)
-        manager = TaskManager(include_path=str(TASKS))
+        lm = HFLM(
+            model,
+            tokenizer=tokenizer,
+            batch_size=1 + args.batch_size // 8,  # all logits are held: few are faster
+            add_bos_token=True,
+        )
+        # to list lm-eval's own takes 12 seconds
+        manager = TaskManager(include_path=str(TASKS), include_defaults=tasks != OUR_TASKS)
         made = lm_eval.simple_evaluate(
-            lm, tasks=tasks, bootstrap_iters=0, task_manager=manager, limit=limit
+            lm, tasks=tasks, bootstrap_iters=0, task_manager=manager, limit=args.limit
         )
         for name, items in made["samples"].items():
             for item in items:
@@ -602,8 +614,8 @@ def table(f):
 
 def samples(outputs, show):
     """The first rewrites, explicit words masked."""
-    some = outputs.query("protocol == 'rewrite'").sort_values("prompt", kind="stable")[:15]
-    some = some[["input", "system", "output"]]
+    some = outputs.query("protocol == 'rewrite'").sort_values("prompt", kind="stable")
+    some = some[["input", "system", "output"]][:15]
     if not show:
         some = some.map(partial(hidden, instead="\\*\\*\\*"))
     return some.replace(r"\s+|\|", " ", regex=True).to_markdown(index=False)
@@ -756,7 +768,7 @@ def main():
     lm[0].base_model.set_adapter([])
     worst = score(outputs, lm, larger, encoder, judges, plain, meta["model_sha256"], args)
     aside = args.out / "generations.tmp"
-    outputs.drop(columns=["text", "limit"]).to_json(aside, orient="records", lines=True)
+    outputs.to_json(aside, orient="records", lines=True)
     aside.replace(args.out / "generations.jsonl")
 
     f = summarise(pd.concat([long_frame(outputs, args.threshold), measures]))

@@ -689,9 +689,9 @@ def test_tasks(module, tiny, monkeypatch):
         assert items[0]["query"].endswith("Answer:")
         assert max(x["gold"] for x in items) == choices - 1
     model, tokenizer = load_model(str(tiny), "cpu")
-    tasks = ["boolq", "wiki"]
+    tasks, args = ["boolq", "wiki"], Namespace(limit=3, batch_size=4)
     names = ["protocol", "prompt", "metric", "value"]
-    rows = module.run_tasks(model, tokenizer, 3, tasks)
+    rows = module.run_tasks(model, tokenizer, args, tasks)
     rows = pd.DataFrame(rows, columns=names)
     boolq, wiki = (rows[rows.protocol == name] for name in tasks)
     assert boolq.prompt.tolist() == wiki.prompt.tolist() == [0, 1, 2]
@@ -715,7 +715,14 @@ def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
     }
     made = {"samples": {"lambada": [item]}}
     monkeypatch.setattr(module.lm_eval, "simple_evaluate", lambda *_, **__: made)
-    assert module.run_tasks(model, tokenizer, 3, []) == [["lambada", 0, "acc", 1.0]]
+    listed, args = [], Namespace(limit=3, batch_size=4)
+    monkeypatch.setattr(
+        module, "TaskManager", lambda **how: listed.append(how["include_defaults"])
+    )
+    for tasks in (["lambada"], module.OUR_TASKS):
+        rows = module.run_tasks(model, tokenizer, args, tasks)
+        assert rows == [["lambada", 0, "acc", 1.0]]
+    assert listed == [True, False]  # lm-eval's own only where they are asked for
 
 
 def test_texts_are_held_out():
@@ -724,15 +731,19 @@ def test_texts_are_held_out():
     seeds = {row["text"] for row in [*first, *more]}
     assert len(first) == 176 and len(more) == 831 and len(seeds) == 1007
     assert len({row["id"] for row in [*first, *more]}) == 1007
-    sets = [
-        {
-            row["text"]
-            for path in (ROOT / f"data/{x}").iterdir()
-            for row in lines(path)
-        }
-        for x in ("eval", "dev")
+    ours = (
+        "rewrite",
+        "shown",
+        "benign",
+        "neutral",
+        "continue",
+    )  # a user may add more
+    files = [
+        [ROOT / f"data/{x}/{name}.jsonl" for name in ours] for x in ("eval", "dev")
     ]
-    # rewrites, which are shown's too, benign, neutral and continue
+    files[1].pop()  # none for continue
+    sets = [{row["text"] for path in some for row in lines(path)} for some in files]
+    # shown's are rewrites, too
     assert [len(x) for x in sets] == [120 + 60 + 120 + 50, 360 + 78 + 360]
     assert not seeds & sets[0] and not seeds & sets[1] and not sets[0] & sets[1]
     begun = [row["text"] for row in lines(ROOT / "data/eval/continue.jsonl")]
