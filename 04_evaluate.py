@@ -755,7 +755,7 @@ def main():
     cases = read_cases(lm[1], meta["prompt"], args)
     with readable(
         f"--encoder {args.encoder}, --judge {' '.join(args.judge)}, --fluency {args.fluency}",
-        "give a sentence encoder, sequence classifiers, a causal LM; of older assets, rm assets/done",
+        "give a sentence encoder, classifiers, a causal LM; of older assets, rm assets/done",
     ):
         encoder = SentenceTransformer(args.encoder, device=args.device)
         judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
