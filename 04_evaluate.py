@@ -398,7 +398,7 @@ def outputs_of(answer, made_by, asked, args):
         k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
         stop = "\n" if protocol in PARAPHRASE else None
         rows = cases.sort_values("limit", kind="stable", ignore_index=True)
-        rows = rows.loc[rows.index.repeat(k)].reset_index(drop=True)
+        rows = rows.loc[rows.index.repeat(k)]
         texts = keep(
             args,
             f"{system}: {protocol}",
@@ -406,8 +406,7 @@ def outputs_of(answer, made_by, asked, args):
             list(zip(rows.text, rows.limit)),
             partial(answer, temperature, stop),
         )
-        texts = [text.strip() for text in texts]
-        outputs.append(rows.assign(output=texts))
+        outputs.append(rows.assign(output=[text.strip() for text in texts]))
     return pd.concat(outputs)
 
 
@@ -669,7 +668,7 @@ def write_record(f, checks, args):
         "judges": checks.to_dict(),
         "command": " ".join(sys.argv),
         "seed": args.seed,
-        "options": args.as_dict(),
+        "options": {k: getattr(args, k) for k in args.class_variables},
         "sha256": {str(file): sha(file) for file in files},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
