@@ -84,8 +84,8 @@ class Options(Tap):
     """NAME=PATH instead of RUN/adapter; a name again: another seed of it"""
     outputs: list[Pair] = []  # NAME=PATH of lines of {"protocol", "input", "output"}
     server: list[Pair] = []
-    """NAME=URL#MODEL of an OpenAI-compatible server, its key in OPENAI_API_KEY; answers are kept by
-    these, so that another model of that name needs another --out"""
+    """NAME=URL#MODEL of an OpenAI-compatible server, its key in OPENAI_API_KEY; what it answered is
+    kept by URL#MODEL: for another model of that name give another --out"""
     out: Path | None = None  # instead of RUN/report
     device: str | None = None  # as torch names it
     texts: list[Path] = sorted(TEXTS.glob("*.jsonl"))  # PROTOCOL.jsonl each
