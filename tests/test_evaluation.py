@@ -392,9 +392,8 @@ def test_a_server_is_a_system(stage, command, url, tmp_path, capsys, monkeypatch
     Server.healthy = True
     assert stage(*command, f"fake={url}#m") == 0
 
-    assert (
-        len(answered) == 5 + 5 + 2 * 5 + 5
-    )  # rewrite, shown, two continuations, benign
+    # rewrite, shown, two continuations, benign
+    assert len(answered) == 5 + 5 + 2 * 5 + 5
     for asked in answered:
         on = asked["prompt"].startswith("Then")
         how = {"model": "m", "temperature": 1.0 if on else 0.1, "top_p": 0.9}
@@ -737,17 +736,9 @@ def test_texts_are_held_out():
     seeds = {row["text"] for row in [*first, *more]}
     assert len(first) == 176 and len(more) == 831 and len(seeds) == 1007
     assert len({row["id"] for row in [*first, *more]}) == 1007
-    ours = (
-        "rewrite",
-        "shown",
-        "benign",
-        "neutral",
-        "continue",
-    )  # a user may add more
-    files = [
-        [ROOT / f"data/{x}/{name}.jsonl" for name in ours] for x in ("eval", "dev")
-    ]
-    files[1].pop()  # none for continue
+    names = ["rewrite", "shown", "benign", "neutral"]  # a user may add more
+    files = [ROOT / f"data/eval/{x}.jsonl" for x in [*names, "continue"]]
+    files = files, [ROOT / f"data/dev/{x}.jsonl" for x in names]
     sets = [{row["text"] for path in some for row in lines(path)} for some in files]
     # shown's are rewrites, too
     assert [len(x) for x in sets] == [120 + 60 + 120 + 50, 360 + 78 + 360]
