@@ -31,6 +31,7 @@ import os
 import random
 import re
 import sys
+import zlib
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -330,9 +331,9 @@ def read_seeds(args):
     seeds, texts, n = {}, {""}, 0
     made_by = (  # the same in all lines of a file
         f"{args.model} {args.generator.split('#')[-1]} {args.judge} {args.encoder} {args.preset} "
-        f"{args.examples} {args.seed} {args.rude} {args.clean} {args.rounds} {args.temperature} "
-        f"{args.insert} {args.toxic} {args.benign} {args.similar} {args.length} {args.distinct} "
-        f"{args.keep_positives} {args.keep_negatives}"
+        f"{args.examples and zlib.crc32(str(args.prompts).encode())} {args.seed} {args.rude} "
+        f"{args.clean} {args.rounds} {args.temperature} {args.insert} {args.toxic} {args.benign} "
+        f"{args.similar} {args.length} {args.distinct} {args.keep_positives} {args.keep_negatives}"
     )
     for spec in args.seeds:
         most = len(seeds) + args.limit
@@ -653,7 +654,7 @@ def mine_chunk(seeds, generate, scorers, args):
             lacking.sort(key=lambda line: len(line["text"]))  # batches of like lengths
             texts = [line["text"] for line in lacking]
             prompts = make_prompts(kind, texts, turn, args)
-            limit = int(min(args.length, 2) * len(texts[-1]) / 4) + 8  # tokens
+            limit = int(min(args.length, 2) * len(texts[-1].encode()) / 4) + 8  # tokens
             made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
             drawn = [(lacking[i], text) for i, text in made if text]
             if kind == "negative" and turn == 0:
@@ -709,7 +710,7 @@ def summarise(args):
     return {
         "anchors": len(lines),
         "both": both,
-        "candidates": means.reset_index().to_dict("records"),
+        "candidates": json.loads(means.reset_index().to_json(orient="records")),
     }
 
 
@@ -730,12 +731,12 @@ def main():
             # its text may hold the key
             fail(f"{args.generator}: {type(err).__name__}: the same command continues")
     record = {
-        "options": {k: getattr(args, k) for k in [*args.class_variables, "prompts"]},
+        "options": args.as_dict(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         **summarise(args),
     }
     beside = args.out.with_name(args.out.stem.replace("mined", "mining") + ".json")
-    beside.write_text(json.dumps(record, indent=1, default=str))
+    beside.write_text(json.dumps(record, indent=1, default=str, sort_keys=True))
 
 
 if __name__ == "__main__":
@@ -744,7 +745,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as err:
+    except (OSError, torch.OutOfMemoryError) as err:
         fail(
-            f"{err}: once that is mended (a lock: another run holds it) the same command continues"
+            f"{err}: once that is mended (a lock: another run holds it; memory: a lower "
+            "--batch-size) the same command continues"
         )

@@ -317,5 +317,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
-    except OSError as err:
-        fail(err)
+    except (OSError, torch.OutOfMemoryError) as err:
+        fail(f"{err}: make room; out of memory: lower --max-tokens")

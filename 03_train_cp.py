@@ -316,7 +316,7 @@ def gradient(model, store, chosen, args):
     if args.utility and process.is_main_process:
         loss += utility_step(model, store, chosen, args)
     if process.num_processes > 1:
-        grads = [w.grad for w in model.parameters() if w.requires_grad]
+        grads = [w.grad for w in model.parameters() if w.grad is not None]
         vector_to_parameters(reduce(parameters_to_vector(grads), "sum"), grads)
     return loss, stats
 
@@ -337,7 +337,7 @@ def train_step(model, optimizer, store, args, step):
     row["tokens"] = sum(len(store.ids[i]) for i in chosen)
     row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - began)
     memory = psutil.Process().memory_info().rss
-    if torch.accelerator.is_available():
+    if model.device.type != "cpu":
         memory = torch.accelerator.max_memory_allocated()
     row["memory_gb"] = memory / 1e9
     return row
@@ -403,6 +403,9 @@ def with_lora(base, args):
     for module in model.modules():
         # no dropout, which would differ between passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)
+        for name in vars(module):
+            if "dropout" in name:  # of layers that call it as a function
+                setattr(module, name, 0.0)
         module.cast_input_dtype_enabled = False  # peft's casts to float32 are slow; see `autocast`
     return model
 
@@ -445,7 +448,7 @@ def set_up(meta, folder, args):
     try:
         base, tokenizer = load_model(meta["model"], args.device, **json.loads(meta["load"]))
     except ValueError as err:
-        fail(f"{err}: it is named in prototypes.safetensors; run 02_build_prototypes.py again")
+        fail(f"{err}: mend --device, or give 02_build_prototypes.py a --model that is there")
     if fingerprint(base.named_parameters()) != meta["model_sha256"]:
         fail(f"{meta['model']}: other weights than stage 02 saw: run 02_build_prototypes.py again")
     model = with_lora(base, args)
@@ -530,8 +533,8 @@ if __name__ == "__main__":
             file=sys.stderr,
         )
         raise SystemExit(130) from None
-    except OSError as err:  # a full disk, mostly
+    except (OSError, torch.OutOfMemoryError) as err:  # a full disk, mostly
         fail(
-            f"{err}: the same command continues (a lock: another run holds it); without "
-            "OUT.training it begins anew"
+            f"{err}: the same command continues (a lock: another run holds it; memory: a lower "
+            "--budget); without OUT.training it begins anew"
         )

@@ -127,8 +127,11 @@ def linear_nll(
     if bias is None:
         bias = weight.new_zeros(len(weight))
     chunk_size = chunk_size or (2048 if hidden.is_cpu else 8192)
-    shapes = [targets.shape + weight.shape[1:], weight.shape[:1]]
-    if [hidden.shape, bias.shape] != shapes or hidden.ndim != 2 or (targets < 0).any():
+    if (
+        [hidden.shape, bias.shape] != [targets.shape + weight.shape[1:], weight.shape[:1]]
+        or hidden.ndim != 2
+        or (targets < 0).any()
+    ):
         raise ValueError(
             "hidden (T, D), weight (V, D), targets (T,) >= 0, bias (V,): not "
             f"{hidden.shape}, {weight.shape}, {targets.shape}, {bias.shape}"
@@ -141,8 +144,9 @@ def linear_nll(
             return _logits(hidden, *chunk, softcap).logsumexp(1)  # (T,)
 
         chunks = zip(weight.split(chunk_size), bias.split(chunk_size))
-        parts = [checkpoint(chunk_lse, *chunk, use_reentrant=False) for chunk in chunks]
-        lse = torch.stack(parts).logsumexp(0)  # (T,)
+        lse = torch.stack(
+            [checkpoint(chunk_lse, *chunk, use_reentrant=False) for chunk in chunks]
+        ).logsumexp(0)  # (T,)
     else:
         lse = _FrozenHeadLSE.apply(hidden, weight, bias, softcap, chunk_size)
     z = (_up(hidden) * _up(weight[targets])).sum(1) + bias[targets]  # the targets' own
@@ -216,17 +220,15 @@ def cp_loss(
     lse_p = _group_logsumexp(log_s.where(pos, -math.inf), anchor, A)  # (A,)
     lse_n = _group_logsumexp(log_s.where(~pos, -math.inf), anchor, A)
     loss = F.softplus(x.new_tensor(alpha).log() + lse_n - lse_p)
-    stats = _statistics(loss, phi_pos, phi_neg, c)
+    stats = _means(cp=loss, phi_pos=phi_pos, phi_neg=phi_neg, gap=phi_neg - phi_pos, prototype=c)
     if aim is not None:
         loss = loss + hold * _mean((_up(nll) - aim).abs(), pos, anchor, A, "")
     return loss, stats
 
 
 @torch.no_grad()
-def _statistics(cp, phi_pos, phi_neg, c):
-    means = {"cp": cp, "phi_pos": phi_pos, "phi_neg": phi_neg, "prototype": c}
-    means["gap"] = phi_neg - phi_pos
-    return {name: x.mean() for name, x in means.items()}
+def _means(**values):
+    return {name: x.mean() for name, x in values.items()}
 
 
 # Hugging Face glue: what phi is of a model, for all stages alike.
@@ -235,21 +237,21 @@ def _statistics(cp, phi_pos, phi_neg, c):
 def encode(tokenizer, text: str, context: str = "") -> tuple[Tensor, int]:
     """Token ids of a BOS (the EOS where a tokenizer has none), the context and the text, (L,), and
     where the text begins. Encoded as one string, since pieces alone may get other tokens."""
-    first = tokenizer.bos_token_id
-    if first is None:
-        first = tokenizer.eos_token_id
+    first = tokenizer.convert_tokens_to_ids(tokenizer.bos_token or tokenizer.eos_token)
     made = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True)
     start = 1 + sum(end <= len(context) for _, end in made.offset_mapping)
     return torch.tensor([first, *made.input_ids]), start
 
 
 def _parts(model):
-    """Backbone, head, logit scale and soft cap of a Hugging Face causal LM (LoRA inside or not)."""
-    head, config = model.get_output_embeddings(), model.config
+    """Of a Hugging Face causal LM (LoRA inside or not): backbone, head, logit scale, soft cap, and
+    attention's window."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
     if type(head) is not torch.nn.Linear:
         raise ValueError(f"its head is a {type(head).__name__}, not Linear")
     scale = getattr(config, "logit_scale", 1 / getattr(config, "logits_scaling", 1))
-    return model.get_decoder(), head, scale, getattr(config, "final_logit_softcapping", None)
+    optional = [getattr(config, k, None) for k in ("final_logit_softcapping", "sliding_window")]
+    return model.get_decoder(), head, scale, *optional
 
 
 def _rows(sequences, start, limit):
@@ -283,9 +285,9 @@ def model_nll(
     computed once for sequences that share them. A mask keeps attention within a sequence.
     max_tokens: computed at once, rows of like lengths; GPUs want more. Gradients flow if grad mode
     is on."""
-    backbone, head, scale, softcap = _parts(model)
-    window = getattr(model.config, "sliding_window", None) or math.inf
-    short = max(map(len, sequences)) <= window  # else a row each, with the model's own masks
+    backbone, head, scale, softcap, window = _parts(model)
+    # where attention has a window, long sequences have a row each and the model's own masks
+    short = not window or max(map(len, sequences)) <= window
     rows = _rows(sequences, start or [1] * len(sequences), ROW if short else 0)
     size = max(max_tokens // len(rows[-1]), 1)
     nll, owners = [], []
@@ -353,8 +355,11 @@ def load_model(name, device, **how):
 
 def fingerprint(tensors):
     """Of (name, tensor) pairs, such as a model's named_parameters(), on whatever device."""
-    hashes = [(name, x.shape, torch.hash_tensor(x).item()) for name, x in sorted(tensors)]
-    return hashlib.sha256(repr(hashes).encode()).hexdigest()
+    made = hashlib.sha256()
+    for name, x in sorted(tensors):
+        made.update(f"{name} {x.shape} {x.dtype}".encode())
+        made.update(x.data.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return made.hexdigest()
 
 
 def best_device():

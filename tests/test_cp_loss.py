@@ -23,6 +23,7 @@ from cp_loss import (
     check_model,
     cp_loss,
     encode,
+    fingerprint,
     linear_nll,
     load_model,
     model_nll,
@@ -30,6 +31,20 @@ from cp_loss import (
 )
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_fingerprints_see_order_and_kind():
+    """Of a store's bools, too: which lines are held out is told by nothing else."""
+    held = torch.tensor([True, True, False, False])
+    values = torch.tensor([3.0, 5.0])
+    some = [held, held.flip(0), held[:0], held & False, values, values.flip(0)]
+    some += [values.bfloat16(), values[None], torch.tensor(3.0), held.long()]
+    made = [fingerprint([("x", x)]) for x in some]
+    assert len({*made}) == len(made)
+    pair = [("a", held), ("b", values)]
+    assert fingerprint(pair) == fingerprint(pair[::-1])
+    columns = torch.stack([values, values + 1], 1)
+    assert fingerprint([("x", columns[:, 0])]) == fingerprint([("x", values)])
 
 
 def plain_nll(hidden, weight, targets, bias=None, softcap=None):

@@ -579,6 +579,9 @@ def test_statistics(module):
     assert ours.change_se == pytest.approx(change.std(ddof=1) / 20)
     means = [x.mean() + 0.1, second.mean()]
     assert ours.spread == pytest.approx(np.std(means, ddof=1))
+    f = module.summarise(pd.concat([long_rows(x[:300]), *runs[1:]]))
+    ours = f.loc["p", "joint", "ours"]  # of more prompts than the base has
+    assert (ours.n, ours.change_n) == (400, 300)
 
 
 def test_nats_of_texts(module, tiny, tmp_path):
@@ -613,6 +616,8 @@ def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
         torch.manual_seed(0)
         made.append(module.generate(model, tokenizer, 1.0, None, ask))
     assert made[0] == made[1] and len(set(made[0])) > 3  # drawn, not the likeliest
+    ends = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
+    assert {"<|endoftext|>", tokenizer.eos_token} <= {*ends} and "the" not in ends
 
 
 def test_draws_are_of_the_likeliest(module):
@@ -710,15 +715,16 @@ def test_tasks(module, tiny, monkeypatch):
 
 
 def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
-    """LAMBADA's first metric is no share."""
+    """LAMBADA's first metric is no share; of a task's filters the first counts."""
     model, tokenizer = load_model(str(tiny), "cpu")
     item = {
         "doc_id": 0,
+        "filter": "strict",
         "metrics": ["perplexity", "acc"],
         "perplexity": -9,
         "acc": 1,
     }
-    made = {"samples": {"lambada": [item]}}
+    made = {"samples": {"lambada": [item, item | {"filter": "flexible", "acc": 0}]}}
     monkeypatch.setattr(module.lm_eval, "simple_evaluate", lambda *_, **__: made)
     listed, args = [], Namespace(limit=3, batch_size=4)
     monkeypatch.setattr(
@@ -728,6 +734,20 @@ def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
         rows = module.run_tasks(model, tokenizer, args, tasks)
         assert rows == [["lambada", 0, "acc", 1.0]]
     assert listed == [True, False]  # lm-eval's own only where they are asked for
+
+
+def test_tasks_of_other_files_are_asked_anew(module, tmp_path, monkeypatch):
+    (tmp_path / "kept").mkdir()
+    path, asked = tmp_path / "tasks/a.jsonl", []
+    path.parent.mkdir()
+    monkeypatch.setattr(module, "TASKS", path.parent)
+    monkeypatch.setattr(module, "run_tasks", lambda *_: asked.append(1) or [])
+    args = Namespace(out=tmp_path, seed=0, batch_size=4, limit=2, tasks=["a"])
+    cases = pd.DataFrame(columns=["protocol", "input"])
+    for text in ("one", "one", "two"):
+        path.write_text(text)
+        module.measure("x", (None, None), cases, args)
+    assert len(asked) == 2
 
 
 def test_texts_are_held_out():

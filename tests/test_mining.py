@@ -324,8 +324,12 @@ def test_examples_of_another_attribute(
     assert stage("01", *how, "--rounds", 1, "--insert", 0) == 0
     end = end.replace("{}", SEEDS[0]["text"])
     assert asked == ["Formal: So.\nAgain: {yes}\n\n" + end, end]
-    record = json.loads((tmp_path / "mining.json").read_text())
+    text = (tmp_path / "mining.json").read_text()
+    record = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
     assert record["options"]["prompts"] == texts
+    path.write_text(json.dumps(texts | {"positive": texts["negative"]}))
+    changed = stage("01", *how, "--rounds", 1, "--insert", 0)
+    refused(capsys, changed, "other seeds or options")
     for bad in ("Formal:", "{}\n\nFormal:", ""):
         path.write_text(json.dumps(texts | {"negative": bad}))
         refused(capsys, stage("01", *how), "formal.json", "negative")
@@ -570,6 +574,7 @@ def test_each_option_shapes_the_lines_or_is_known_not_to(mining, options, tmp_pa
     free |= {"concurrency", "chunk"}
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
     args = options("--seeds", seeds)
+    args.prompts = {}  # of --examples
     (before,) = mining.read_seeds(args)
     for name in args.class_variables.keys() - free:
         usual = getattr(args, name)

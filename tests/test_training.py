@@ -21,7 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
-    GPT2LMHeadModel,
+    OPTConfig,
 )
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -528,13 +528,32 @@ def test_layers_spread_over_devices(stage, trained, tiny, tmp_path):
     assert close(adapter(trained), adapter(tmp_path))
 
 
-def test_a_base_with_dropout(stage, tiny, tmp_path):
+GPT2 = GPT2Config(
+    vocab_size=49152,
+    n_embd=32,
+    n_layer=2,
+    n_head=4,
+    resid_pdrop=0.5,
+    embd_pdrop=0.5,
+    attn_pdrop=0.5,
+)
+OPT = OPTConfig(
+    vocab_size=49152,
+    hidden_size=32,
+    ffn_dim=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    word_embed_proj_dim=32,
+    dropout=0.5,
+)
+
+
+@pytest.mark.parametrize("config", [GPT2, OPT])  # as modules; by a function
+def test_a_base_with_dropout(stage, tiny, tmp_path, config):
     """None in training: else the passes of a step would see different models, and a resumed run
     other draws."""
-    drop = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
-    config = GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=4, **drop)
     torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
     write_jsonl(tmp_path / "mined.jsonl", [mined_line(i) for i in range(12)])
     options = ["--model", tmp_path / "model", "--dtype", "float32"]
