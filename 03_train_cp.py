@@ -15,7 +15,7 @@ writes  runs/default/adapter/            PEFT adapter (safetensors), its README,
                                          "split": "validation"), run.json (options, versions),
                                          phi.png (phi before and after), state.pt (to resume)
 
-    python 03_train_cp.py                        # 4½ minutes on 2 CPU cores, 3.6 GB
+    python 03_train_cp.py                        # 4 minutes on 2 CPU cores, 3.6 GB
     python 03_train_cp.py --preset paper         # the paper's objective and settings
     torchrun --nproc-per-node 8 -- 03_train_cp.py  # the same trajectory on 8 devices
     python 03_train_cp.py --steps 2 --anchors 2  # a tiny run

@@ -9,7 +9,7 @@ writes  --out, an adapter
 
 Prompts are the toxic sentences that stage 03 trains on, after the same template. Reward: (1 - the
 judge's toxicity) x similarity to the prompt's sentence, 0 for an empty answer and for a copy. An
-answer ends at a newline. Same base, same LoRA, as many steps; KL from the base 0.05, TRL's default.
+answer ends at a newline. Same base, LoRA and steps as DPO's; KL from the base 0.05, TRL's default.
 """
 
 import json
@@ -73,7 +73,15 @@ def main() -> None:
 
     form = RawDescriptionHelpFormatter
     given = Options(description=__doc__, formatter_class=form).parse_args()
-    sys.argv = ["03", "--run", str(given.run), "--seed", str(given.seed)]
+    sys.argv = [
+        "03",
+        "--run",
+        str(given.run),
+        "--seed",
+        str(given.seed),
+        "--rank",
+        "16",
+    ]
     args = training.options()
     store, meta = training.read_store(args)
     device = training.PartialState().device.type

@@ -132,7 +132,7 @@ def numbers(size: int):
 
 def settings(way: str, sets: str, given):
     own = way.split()[1:] if way.startswith("ours") else []
-    sys.argv = ["03", "--run", str(given.run), "--budget", "16384"]
+    sys.argv = ["03", "--run", str(given.run), "--budget", "16384", "--rank", "16"]
     sys.argv += ["--device", given.device, *SETS[sets].split(), *own]
     return training.options()
 
