@@ -157,12 +157,14 @@ def test_another_fluency_model_scores_again(stage, command, tiny, tmp_path):
     larger = shutil.copytree(tiny, tmp_path / "larger")
     given = ["--out", tmp_path, "--fluency", larger]
     assert stage(*command, *given) == 0
-    before = figures(tmp_path)["rewrite/other"]["base"]["value"]
+    before = figures(tmp_path)["rewrite/other"]["deleted"]["value"]
     model = AutoModelForCausalLM.from_pretrained(larger)
     model.lm_head.weight.data.mul_(3)
     model.save_pretrained(larger)
     assert stage(*command, *given) == 0
-    assert abs(figures(tmp_path)["rewrite/other"]["base"]["value"] - before) > 0.01
+    assert (
+        abs(figures(tmp_path)["rewrite/other"]["deleted"]["value"] - before) > 0.01
+    )
 
 
 def test_a_judge_that_cannot_pad_is_refused(

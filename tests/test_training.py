@@ -32,7 +32,7 @@ from cp_loss import fingerprint, model_nll
 TRAINED = ["--steps", 6, "--anchors", 2, "--every", 3, "--lr", 1e-2]
 OPTIONS = ["--steps", 6, "--anchors", 3, "--every", 3, "--lr", 1e-2]
 # weights of one size: at a random model's tiny gradients Adam makes much of rounding
-OPTIONS += ["--alpha", 3, "--hold", 0.6, "--utility", 5]
+OPTIONS += ["--alpha", 3, "--hold", 0.6, "--utility", 5, "--rank", 16]
 LONG = ["--steps", 20, "--anchors", 3, "--every", 3, "--lr", 1e-2]
 
 
