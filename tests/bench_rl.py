@@ -73,15 +73,8 @@ def main() -> None:
 
     form = RawDescriptionHelpFormatter
     given = Options(description=__doc__, formatter_class=form).parse_args()
-    sys.argv = [
-        "03",
-        "--run",
-        str(given.run),
-        "--seed",
-        str(given.seed),
-        "--rank",
-        "16",
-    ]
+    own = ["--run", given.run, "--seed", given.seed, "--rank", 16]
+    sys.argv = ["03", *map(str, own)]
     args = training.options()
     store, meta = training.read_store(args)
     device = training.PartialState().device.type

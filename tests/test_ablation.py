@@ -104,8 +104,11 @@ def test_random_negatives_change_only_what_they_should(stage, trained):
 
 
 def test_every_recipe_is_known_to_stage_03(stage):
+    peers = ("paper", "official", "dpo", "simpo")
     for recipe, options in bench_ablation.RECIPES.items():
-        assert stage.options("03", *options.split()).steps in (60, 80), recipe
+        args, peer = stage.options("03", *options.split()), recipe.startswith(peers)
+        wanted = (80, 16) if peer else (60, 64)
+        assert (args.steps, args.rank) == wanted, recipe
 
 
 @pytest.mark.parametrize(
