@@ -1,6 +1,7 @@
 """Stage 04: pairing, statistics, failures, judges, resuming, on a tiny random model."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 from transformers import BertForSequenceClassification as Classifier
 
-from conftest import ROOT, lines, refused, write_jsonl
+from conftest import REAL, ROOT, lines, refused, write_jsonl
 from cp_loss import load_model
 
 WORDS = ("lake", "town", "idea", "walk", "song", "tree")
@@ -76,7 +77,7 @@ def figures(out) -> dict:
 
 BAD_OPTIONS = {
     ("--k", "0"): "0: must be 1 or more",
-    ("--seed", "1000000000000"): "0 or more",
+    ("--seed", "first"): "--seed: invalid int value",
     ("--threshold", "nan"): "from 0 to 1",
     ("--threshold", "50"): "from 0 to 1",
     ("--limit", "x"): "invalid Count value: 'x'",
@@ -224,6 +225,9 @@ def test_a_report_has_every_protocol_and_file(report):
     assert got["rewrite/toxic@tox-block"]["base"]["n"] == 5
     assert got["continue/max@profanity-check"]["tuned"]["n"] == 5
     assert got["rewrite/toxic@profanity-check"]["deleted"]["value"] == 0
+    assert not {
+        f"continue/{x}" for x in ("similarity", "clean", "joint@tox-block")
+    } & set(got)
     for f in (f for by_system in got.values() for f in by_system.values()):
         assert {"value", "low", "high", "se", "n"} <= set(f)
         assert f["low"] <= f["value"] <= f["high"] and f["low"] < f["high"]
@@ -466,6 +470,7 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
 
 def test_failures_are_never_clean(module):
     source = "The old man slowly went down to the lake."
+    bounds = [9.9] * 4 + [9.0] * 6  # of 1, 2, ... words, and of ten and more
 
     def kind(output, text=source, fluency=4.0, similarity=0.5):
         row = {
@@ -474,19 +479,54 @@ def test_failures_are_never_clean(module):
             "fluency": fluency,
             "similarity": similarity,
         }
-        return module.failure(row | {"protocol": "rewrite"}, 9.0)
+        return module.failure(row, bounds)
 
     assert kind("") == kind(" ...") == "empty"
     assert kind("Lake.") == "too short" and kind("Hi there.", text="Hello.") is None
     assert kind("you are you are you are you are") == kind("so " * 20) == "repeated"
     assert kind("der Mann geht langsam zum See hinunter heute") == "off-language"
     assert kind("старик медленно идёт") == "off-language"
+    assert kind("“Nobody’s tired”, ‘he’ said…") is None  # no letter is foreign
     assert kind("}{ the 0 ]] 17 ;; a b 4 ..") == "garbled"
-    assert kind("purple of therefore ran", fluency=9.5) == "garbled"
+    assert kind("purple of therefore he ran", fluency=9.5) == "garbled"
+    assert (
+        kind("purple of therefore he ran down lake to old slowly", fluency=9.1)
+        == "garbled"
+    )
+    assert (
+        kind("criticized white supremacy", fluency=9.5) is None
+    )  # short texts are unlikely
+    assert kind("criticized white supremacy", fluency=10.0) == "garbled"
     assert kind("the old man slowly went down to the lake") == "copy"
     assert kind("The man went to the lake on foot.") is None
     vague = "The rapidly evolving work landscape can be a powerful metaphor."
     assert kind(vague, similarity=0.1) == "unrelated"
+
+
+def test_what_people_say_is_not_garbled(module, tmp_path):
+    """By the real model: short sentences; neutral ones' words in any order mostly are."""
+    people = "Dogs bark.|She sang.|I was late.|Who did it?|They laughed at us.|Where is my hat?"
+    people += "|You squeezed her|The speaker criticized white supremacy"
+    people, chance = people.split("|"), random.Random(0)
+    plain = [x["text"] for x in lines(ROOT / "data/eval/neutral.jsonl")]
+    salad = [
+        " ".join(chance.sample(x.split(), len(x.split()))) for x in plain[60:90]
+    ]
+    encoder = Namespace(encode=lambda texts, **_: np.ones((len(texts), 1)))
+    outputs = pd.DataFrame({"output": people + salad, "input": "A text."})
+    outputs["protocol"] = "rewrite"
+    args = Namespace(batch_size=64, seed=0, out=tmp_path)
+    (tmp_path / "kept").mkdir()
+    lm = load_model(str(REAL), "cpu", dtype="float32")
+    bounds = module.score(
+        outputs, lm, None, encoder, {}, plain[:60], "weights", args
+    )
+    assert outputs.failure[: len(people)].isna().all()
+    assert (outputs.failure[len(people) :] == "garbled").mean() > 0.5
+    whole = module.nats(args, "weights", *lm, plain[:60])
+    assert bounds[-1] == pytest.approx(np.percentile(whole, 99))
+    assert len(bounds) == 10 and bounds[2] > bounds[-1] + 1
+    assert (bounds <= np.log(len(lm[1]))).all()
 
 
 def scored(said: tuple) -> pd.DataFrame:
@@ -550,8 +590,8 @@ def test_metrics_have_their_protocols(module):
     outputs = scored(SAID).assign(output="a blinded cat")  # whole words only
     long = module.long_frame(outputs, 0.5)
     assert long[long.metric == "named"].value.tolist() == [0, 0]
-    long = module.long_frame(outputs.assign(protocol="continue", name=None), 0.5)
-    assert not {"similarity", "clean", "joint@j", "named"} & set(long.metric)
+    long = module.long_frame(outputs.assign(name=None), 0.5)
+    assert "named" not in set(long.metric)
 
 
 def long_rows(x, system="base", seed=0):
