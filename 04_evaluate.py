@@ -26,7 +26,7 @@ writes  runs/default/report/  report.md, rewrites.png, report.json (every figure
         kept/: what the models answered, which is not computed again; scores always are
 
     python 04_evaluate.py                                    # 7 minutes on 2 CPU cores
-    python 04_evaluate.py --threshold 0.8                    # scores again what is kept: 20 s
+    python 04_evaluate.py --threshold 0.8                    # scores again what is kept: 30 s
     python 04_evaluate.py --adapter ours=a ours=b dpo=c      # a and b: seeds of one recipe
     python 04_evaluate.py --server mine=http://localhost:8000/v1#my-model
     python 04_evaluate.py --limit 8 --k 2 --tasks            # tiny, no tasks: a minute
@@ -641,7 +641,8 @@ def write_report(summary, checks, cells, outputs, bounds, args):
     parts = [
         f"# Evaluation\n\n{summary}",
         LEGEND,
-        f"Garbled: over {bounds.round(1)} nats a token under the base, of one word, two, ..., more",
+        "Garbled: under the base, with one word, two, ..., ten and more, over "
+        f"{bounds.round(1).tolist()} nats a token.",
         "![toxicity against similarity](rewrites.png)",
         "## Judges\n\nShare of texts that each calls toxic; the first judge mined, too. "
         "(!): one that calls over a tenth of neutral or benign texts toxic.",
