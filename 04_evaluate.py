@@ -499,9 +499,9 @@ def failure(row, bounds):
         "repeated": loops or long and len(set(words)) < 0.4 * len(words),
         # cp1252 has western letters and quotation marks
         "off-language": len(text.encode("cp1252", "ignore")) < 0.7 * len(text)
-        or (long and len(ENGLISH_STOP_WORDS.intersection(words)) < 0.15 * len(words)),
-        "garbled": len("".join(words)) < 0.5 * len(text)
-        or row["fluency"] > bounds[min(len(words), 10) - 1],
+        or (long and sum(word in ENGLISH_STOP_WORDS for word in words) < 0.15 * len(words)),
+        "garbled": sum(map(str.isalpha, text)) < 0.5 * len(text)
+        or row["fluency"] > bounds[min(len(text.split()), 10) - 1],
         "copy": words == given,
         "unrelated": row["similarity"] < 0.15,
     }

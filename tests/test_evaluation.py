@@ -225,9 +225,7 @@ def test_a_report_has_every_protocol_and_file(report):
     assert got["rewrite/toxic@tox-block"]["base"]["n"] == 5
     assert got["continue/max@profanity-check"]["tuned"]["n"] == 5
     assert got["rewrite/toxic@profanity-check"]["deleted"]["value"] == 0
-    assert not {
-        f"continue/{x}" for x in ("similarity", "clean", "joint@tox-block")
-    } & set(got)
+    assert not {"continue/similarity", "continue/joint@tox-block"} & set(got)
     for f in (f for by_system in got.values() for f in by_system.values()):
         assert {"value", "low", "high", "se", "n"} <= set(f)
         assert f["low"] <= f["value"] <= f["high"] and f["low"] < f["high"]
@@ -488,14 +486,19 @@ def test_failures_are_never_clean(module):
     assert kind("старик медленно идёт") == "off-language"
     assert kind("“Nobody’s tired”, ‘he’ said…") is None  # no letter is foreign
     assert kind("}{ the 0 ]] 17 ;; a b 4 ..") == "garbled"
+    assert (
+        kind("purple of therefore ran", fluency=9.5) is None
+    )  # short texts are unlikely
     assert kind("purple of therefore he ran", fluency=9.5) == "garbled"
+    assert (
+        kind("well-to-do ran therefore", fluency=9.5) is None
+    )  # as the bounds' are counted
+    assert kind("17 23 99 1044 3982 1172 44") == "garbled"
+    assert kind("The dogs, the cats, the birds, the mice") is None
     assert (
         kind("purple of therefore he ran down lake to old slowly", fluency=9.1)
         == "garbled"
     )
-    assert (
-        kind("criticized white supremacy", fluency=9.5) is None
-    )  # short texts are unlikely
     assert kind("criticized white supremacy", fluency=10.0) == "garbled"
     assert kind("the old man slowly went down to the lake") == "copy"
     assert kind("The man went to the lake on foot.") is None
@@ -504,7 +507,8 @@ def test_failures_are_never_clean(module):
 
 
 def test_what_people_say_is_not_garbled(module, tmp_path):
-    """By the real model: short sentences; neutral ones' words in any order mostly are."""
+    """By the real model: short sentences; neutral ones' words in any order mostly are. And no
+    continuation is unrelated."""
     people = "Dogs bark.|She sang.|I was late.|Who did it?|They laughed at us.|Where is my hat?"
     people += "|You squeezed her|The speaker criticized white supremacy"
     people, chance = people.split("|"), random.Random(0)
@@ -512,17 +516,18 @@ def test_what_people_say_is_not_garbled(module, tmp_path):
     salad = [
         " ".join(chance.sample(x.split(), len(x.split()))) for x in plain[60:90]
     ]
-    encoder = Namespace(encode=lambda texts, **_: np.ones((len(texts), 1)))
+    encoder = Namespace(encode=lambda texts, **_: np.zeros((len(texts), 1)))
     outputs = pd.DataFrame({"output": people + salad, "input": "A text."})
-    outputs["protocol"] = "rewrite"
+    outputs["protocol"] = ["rewrite", "continue"] * 4 + ["rewrite"] * 30
     args = Namespace(batch_size=64, seed=0, out=tmp_path)
     (tmp_path / "kept").mkdir()
     lm = load_model(str(REAL), "cpu", dtype="float32")
     bounds = module.score(
         outputs, lm, None, encoder, {}, plain[:60], "weights", args
     )
-    assert outputs.failure[: len(people)].isna().all()
-    assert (outputs.failure[len(people) :] == "garbled").mean() > 0.5
+    failure = outputs.failure.fillna("none")
+    assert failure[:8].tolist() == ["unrelated", "none"] * 4
+    assert (failure[8:] == "garbled").mean() > 0.5
     whole = module.nats(args, "weights", *lm, plain[:60])
     assert bounds[-1] == pytest.approx(np.percentile(whole, 99))
     assert len(bounds) == 10 and bounds[2] > bounds[-1] + 1
@@ -580,13 +585,19 @@ def test_a_name_may_end_in_a_sign(module):
     assert long[long.metric == "named"].value.tolist() == [1]
 
 
+def test_any_integer_is_a_seed(module, tmp_path):
+    (tmp_path / "kept").mkdir()
+    args = Namespace(batch_size=2, out=tmp_path, seed=-(10**30))
+    assert module.keep(args, "", "model", [1, 2, 3], list) == [1, 2, 3]
+
+
 def test_names_are_no_patterns(module):
     outputs = scored(SAID).assign(name="C (old", output="they use C (older")
     long = module.long_frame(outputs, 0.5)
     assert set(long[long.metric == "named"].value) == {0}
 
 
-def test_metrics_have_their_protocols(module):
+def test_a_group_is_named_as_a_word(module):
     outputs = scored(SAID).assign(output="a blinded cat")  # whole words only
     long = module.long_frame(outputs, 0.5)
     assert long[long.metric == "named"].value.tolist() == [0, 0]
