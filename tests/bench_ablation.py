@@ -237,7 +237,7 @@ def draw(figures: dict, path: Path) -> None:
         colour = {"ours": "#D55E00", "base": grey}.get(name, "#3B8EC2")
         ax.errorbar(x["value"], y["value"], *spread, fmt="o", color=colour, lw=1)
         at, away = (x["value"], y["value"]), 6
-        if name.startswith("simpo"):  # beside DPO
+        if name.startswith("dpo"):  # beside SimPO
             away = -14
         how = {"xytext": (6, away), "textcoords": "offset points", "color": colour}
         ax.annotate(label, at, **how)
