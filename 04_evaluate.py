@@ -622,7 +622,7 @@ def draw(f, judge, out):
     points = f.loc["rewrite"].unstack("metric")
     ax = points.value.plot.scatter(x, y, xerr=points.se[x], yerr=points.se[y])
     for system, at in points.value[[x, y]].iterrows():
-        ax.annotate(system, at)
+        ax.annotate(f" {system}\n", at)
     ax.figure.savefig(out / "rewrites.png")
 
 
