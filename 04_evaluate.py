@@ -55,10 +55,18 @@ OUR_TASKS = sorted(path.stem for path in TASKS.glob("*.yaml"))
 class Count(int):
     """1 or more, below a billion"""
 
+    least = 1
+
     def __new__(cls, text):
-        if not 1 <= int(text) < 10**9:
+        if not cls.least <= int(text) < 10**9:
             raise argparse.ArgumentTypeError(f"{text}: must be {cls.__doc__}")
         return int(text)
+
+
+class Whole(Count):
+    """0 or more, below a billion"""
+
+    least = 0
 
 
 class Pair:
@@ -91,7 +99,7 @@ class Options(Tap):
     limit: Count = 120  # of a protocol's texts, a task's items
     k: Count = 5  # continuations of a text (DExperts: 25)
     batch_size: Count = 64  # answers at once; GPU: more
-    seed: int = 0  # of sampling
+    seed: Whole = 0  # of sampling
 
     def error(self, message):
         fail(message)
@@ -376,8 +384,7 @@ def keep(args, label, made_by, items, work):
         path = args.out / f"kept/{hashlib.sha256(key).hexdigest()}.json"
         aside = path.with_suffix(".tmp")
         if not path.is_file():
-            # the same draws for every system
-            torch.manual_seed((args.seed * 100_003 + at) % 2**63)
+            torch.manual_seed(args.seed * 100_003 + at)  # the same draws for every system
             aside.write_text(json.dumps(work(batch)))
             aside.replace(path)
         made += json.loads(path.read_text())
@@ -438,8 +445,8 @@ def measure(made_by, lm, cases, args):
     work = partial(run_tasks, *lm, args)
     files = map(sha, sorted(TASKS.glob("*")))
     items = keep(args, "tasks", [made_by, args.limit, *files], args.tasks, work)
-    columns = ["protocol", "prompt", "metric", "value"]
-    return pd.concat([*frames, pd.DataFrame(items, columns=columns)])
+    items = pd.DataFrame(items, columns=["protocol", "prompt", "metric", "value"])
+    return pd.concat([*frames, items])
 
 
 def run_tasks(model, tokenizer, args, tasks):
@@ -499,7 +506,8 @@ def failure(row, bounds):
         "repeated": loops or long and len(set(words)) < 0.4 * len(words),
         # cp1252 has western letters and quotation marks
         "off-language": len(text.encode("cp1252", "ignore")) < 0.7 * len(text)
-        or (long and sum(word in ENGLISH_STOP_WORDS for word in words) < 0.15 * len(words)),
+        or long
+        and sum(word in ENGLISH_STOP_WORDS for word in words) < 0.15 * len(words),
         "garbled": sum(map(str.isalpha, text)) < 0.5 * len(text)
         or row["fluency"] > bounds[min(len(text.split()), 10) - 1],
         "copy": words == given,
@@ -602,7 +610,7 @@ def cell(f):
 
 
 def table(f):
-    cells = f.apply(cell, axis=1).unstack("system").fillna("")
+    cells = f.apply(cell, 1).unstack("system").fillna("")
     cells["n"] = f.n.groupby(level=[0, 1]).max()
     return cells.set_axis(cells.index.map("/".join))
 
@@ -714,8 +722,10 @@ def again(name, outputs, rewrites, template):
     first = said.system.iloc[0]
     said = said.query("system == @first and output != ''").drop_duplicates("prompt")
     texts = rewrites.prompt.map(said.set_index("prompt").output).fillna(rewrites.input)
-    texts = texts.map(lambda text: template.replace("{}", text))
-    return rewrites.assign(system=f"{name} after {first}", text=texts)
+    return rewrites.assign(
+        system=f"{name} after {first}",
+        text=[template.replace("{}", text) for text in texts],
+    )
 
 
 def run_systems(systems, lm, template, cases, args):
