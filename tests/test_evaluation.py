@@ -472,12 +472,9 @@ def test_failures_are_never_clean(module):
     bounds = [9.9] * 4 + [9.0] * 6  # of 1, 2, ... words, and of ten and more
 
     def kind(output, text=source, fluency=4.0, similarity=0.5):
-        row = {
-            "input": text,
-            "output": output,
-            "fluency": fluency,
-            "similarity": similarity,
-        }
+        row = Namespace(
+            input=text, output=output, fluency=fluency, similarity=similarity
+        )
         return module.failure(row, bounds)
 
     assert kind("") == kind(" ...") == "empty"
@@ -642,7 +639,7 @@ def test_nats_of_texts(module, tiny, tmp_path):
             with torch.no_grad():
                 loss = model(ids, labels=ids).loss.item()
             assert value == pytest.approx(loss, rel=1e-5)
-    assert module.nats(args, "x", *lm, [""])[0] > 0
+    assert np.isnan(module.nats(args, "x", *lm, pd.Series(["", "a"]))[0])
     assert module.nats(args, "x", *lm, ["a"], 1) == module.nats(
         args, "x", *lm, ["a"]
     )
@@ -733,6 +730,16 @@ def test_judges(module, classifier, capsys):
     with pytest.raises(SystemExit) as stop:
         module.load_judge(f"{classifier}#rude", "cpu")
     refused(capsys, stop.value.code, "non-toxic, toxic")
+
+
+def test_judges_are_judged_by_our_own_sentences(module):
+    """Whatever the texts are; and by the inputs with and without their toxic words."""
+    texts = ["You idiot.", "The lake froze."]
+    cases = pd.DataFrame({"protocol": ["rewrite"] * 2, "input": texts})
+    judges = {"long": lambda texts: np.array([len(x) / 10 for x in texts])}
+    rates = module.check_judges(judges, cases, ["A man.", "He went home."], 1.0)
+    assert rates.long["rewrite"] == 1 and rates.long["neutral"] == 0.5
+    assert rates.long["rewrite, toxic words cut"] == 0.5
 
 
 def test_tasks(module, tiny, monkeypatch):
