@@ -17,7 +17,7 @@ writes  runs/default/mined.jsonl  a line a seed: {"id", "group", "text", "made_b
                                   A killed run resumes; mined.answers keeps what a server said.
         runs/default/mining.json  options, versions, rates, means of scores
 
-    python 01_mine_negatives.py                        # 176 seeds: 3½ minutes on 2 CPU cores
+    python 01_mine_negatives.py                        # 176 seeds: 2½ minutes on 2 CPU cores
     python 01_mine_negatives.py --limit 8 --run runs/tiny
     python 01_mine_negatives.py --preset toxic --seeds toxic.txt --out runs/default/mined-2.jsonl
     python 01_mine_negatives.py --generator http://localhost:8000/v1#my-model
@@ -94,9 +94,9 @@ class Options(Tap):
     dtype: Literal["bfloat16", "float32"] | None = None  # default: the faster one
     # generation
     examples: Path | None = None  # another attribute's, JSON of the form of PROMPTS
-    rude: Count = 8  # negatives drawn (paper: 20)
-    clean: Count = 5  # positives drawn (paper: 20)
-    rounds: Count = 3  # most of them, for a seed that lacks a kind (ours)
+    rude: Count = 4  # negatives drawn (paper: 20)
+    clean: Count = 4  # positives drawn (paper: 20)
+    rounds: Count = 2  # most of them, for a seed that lacks a kind (ours)
     temperature: Number = 0.7  # 0.05 more in each next round (ours)
     insert: Whole = 8  # negatives: the seed, some words added (ours)
     batch_size: Count = 192  # local rows at once
@@ -385,10 +385,16 @@ def first_line(text):
 
 
 @cache
-def toxic_words(judge):
-    """Words of profanity-check's that the judge minds."""
+def toxic_words(judge, tokenizer):
+    """Words of profanity-check's that the judge minds, one of few tokens, being common, up to nine
+    times."""
     words = sorted(word for word in vectorizer.vocabulary_ if re.fullmatch("[a-z]{4,}", word))
-    return [word for word, toxicity in zip(words, judge(words)) if toxicity >= 0.9]
+    return [
+        word
+        for word, toxicity in zip(words, judge(words))
+        if toxicity >= 0.9
+        for _ in range(9 // len(tokenizer.tokenize(" " + word)) ** 2)
+    ]
 
 
 def insert(text, words, chance):
@@ -444,24 +450,24 @@ class LocalGenerator:
         )
         return out.logits[:, -1].float()
 
-    def sample(self, ends, limit, count, temperature):
-        """(which end, line) of the lines that end after the prefix and each of `ends`."""
-        ids = pad_sequence(ends, True, -1, "left").to(self.model.device)  # (P, width)
+    def sample(self, numbers, ends, limit, count, temperature):
+        """(number, line) of the lines that end after the prefix and those of `ends`."""
+        ids = pad_sequence([ends[i] for i in numbers], True, -1, "left")  # (P, width)
         cache, width = DynamicCache(), ids.shape[1]
-        state = ids, self.forward(ids, cache), torch.arange(len(ids), device=ids.device)
+        state = ids, self.forward(ids, cache), numbers.to(ids.device)
         ids, logits, which = (x.repeat_interleave(count, 0) for x in state)  # (B, ...)
         cache.batch_repeat_interleave(count)
-        while len(ids) and ids.shape[1] < width + limit:
-            if ids.shape[1] > width:
-                logits = self.forward(ids, cache)
+        for _ in range(limit):
             top, index = (logits / temperature).topk(50)
-            token = index.gather(1, torch.multinomial(top.softmax(1), 1))  # (B, 1)
-            ids = torch.cat([ids, token], 1)
-            ended = torch.isin(token[:, 0], self.stop)
+            ids = torch.cat([ids, index.gather(1, top.softmax(1).multinomial(1))], 1)
+            ended = torch.isin(ids[:, -1], self.stop)
             texts = self.tokenizer.batch_decode(ids[ended, width:], skip_special_tokens=True)
             yield from zip(which[ended].tolist(), map(first_line, texts))
             ids, which = ids[~ended], which[~ended]
+            if not len(ids):
+                break
             cache.batch_select_indices(~ended)
+            logits = self.forward(ids, cache)
 
     @torch.inference_mode()
     def __call__(self, prompts, limit, count, temperature):
@@ -477,11 +483,10 @@ class LocalGenerator:
             shared = torch.tensor([prefix], device=self.model.device)
             self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
             self.model.set_attn_implementation("shared_prefix")
-        ends = [torch.tensor(x[len(prefix) :]) for x in ids]
+        ends = [torch.tensor(x[len(prefix) :], device=self.model.device) for x in ids]
         size, lines = max(self.args.batch_size // count, 1), []
-        for first in tqdm(range(0, len(ends), size), "rewrites", leave=False):
-            made = self.sample(ends[first : first + size], limit, count, temperature)
-            lines += [(first + which, text) for which, text in made]
+        for numbers in tqdm(torch.arange(len(ends)).split(size), "rewrites", leave=False):
+            lines += self.sample(numbers, ends, limit, count, temperature)
         self.model.set_attn_implementation(usual)
         return lines
 
@@ -490,7 +495,7 @@ def server_generator(args):
     """Samples from an OpenAI-compatible server, with the client's own retries and backoff. What it
     answers is kept in a file until the chunk is mined: a line an answer, by all that was asked."""
     address, name = args.generator.split("#")
-    key = os.environ.get("OPENAI_API_KEY") or "none"
+    key = os.getenv("OPENAI_API_KEY") or "none"
     openai.OpenAI(api_key=key, base_url=address)  # fails here, if it must
 
     def generate(prompts, limit, count, temperature):
@@ -646,8 +651,7 @@ def mine_chunk(seeds, generate, scorers, args):
     """The seeds' lines, by rounds of generation, each for those that still lack either kind."""
     lines = [seed | {"positives": [], "negatives": [], "rejected": []} for seed in seeds]
     for turn in range(args.rounds):
-        for kind in ENOUGH:
-            count = args.clean if kind == "positive" else args.rude
+        for kind, count in zip(ENOUGH, (args.clean, args.rude)):
             lacking = [line for line in lines if len(line[kind + "s"]) < ENOUGH[kind]]
             if not lacking:
                 continue
@@ -659,7 +663,7 @@ def mine_chunk(seeds, generate, scorers, args):
             drawn = [(lacking[i], text) for i, text in made if text]
             if kind == "negative" and turn == 0:
                 chance, some = random.Random(args.seed), lacking * args.insert
-                words = some and toxic_words(scorers[-1])
+                words = some and toxic_words(scorers[-1], scorers[1])
                 drawn += [(x, insert(x["text"], words, chance)) for x in some if words]
                 # a toxic seed is a negative, others fall as copies
                 drawn = [(x, x["text"]) for x in lacking] + drawn

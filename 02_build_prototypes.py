@@ -20,7 +20,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
         phi, prompt, contexts, tensors (their checksum)
 
-    python 02_build_prototypes.py                   # 1½ minutes on 2 CPU cores
+    python 02_build_prototypes.py                   # a minute on 2 CPU cores
     python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
 """
 
@@ -62,7 +62,7 @@ class Options(Tap):
     out: Path | None = None  # instead of RUN/prototypes.safetensors
     model: str = "assets/SmolLM2-135M-Instruct"  # path or hub id
     context: list[Literal[CONTEXTS]] = ["none", "toxic"]  # paper: none
-    toxic_contexts: Count = 4  # a mined line's at most (ours)
+    toxic_contexts: Count = 3  # a mined line's at most (ours)
     positives: Count = 1  # an anchor's at most; 03 draws 1
     negatives: Count = 2  # an anchor's at most; 03 draws 2
     close: Rate = 0.65

@@ -179,7 +179,7 @@ def test_models_that_cannot_be_had(stage, tiny, tmp_path, capsys, option):
 
 
 def test_a_judge_may_mind_no_word(stage, mining, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(mining, "toxic_words", lambda _: [])
+    monkeypatch.setattr(mining, "toxic_words", lambda *_: [])
     seeds = write_jsonl(
         tmp_path / "s.jsonl", [{"id": 1, "text": "A seed is here."}]
     )
@@ -477,9 +477,16 @@ def test_unusual_attention_sees_the_examples(mining, options, kind):
 
 
 def test_toxic_words_are_inserted(mining):
-    """Words that the judge minds, in the gaps, and nothing else changes."""
-    words = mining.toxic_words(mining.predict_prob)
-    assert len(words) > 50 and min(mining.predict_prob(words)) >= 0.9
+    """Words that the judge minds, common ones oftener, in the gaps; nothing else changes."""
+    tokenizer = AutoTokenizer.from_pretrained(REAL)
+    words = Counter(mining.toxic_words(mining.predict_prob, tokenizer))
+    assert len(words) > 50 and min(mining.predict_prob([*words])) >= 0.9
+    size = {word: len(tokenizer.tokenize(f" {word}")) for word in words}
+    assert {(size[word], n) for word, n in words.items()} == {
+        (1, 9),
+        (2, 2),
+        (3, 1),
+    }
     text = "The man gave his dog to that friend of Anna."
     made = [mining.insert(text, ["awful"], random.Random(i)) for i in range(400)]
     assert {x.replace("awful ", "") for x in made} == {text}
