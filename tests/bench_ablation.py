@@ -236,11 +236,11 @@ def draw(figures: dict, path: Path) -> None:
         ]
         colour = {"ours": "#D55E00", "base": grey}.get(name, "#3B8EC2")
         ax.errorbar(x["value"], y["value"], *spread, fmt="o", color=colour, lw=1)
-        at, away = (x["value"], y["value"]), 6
+        at, away, side = (x["value"], y["value"]), 6, "left"
         if name.startswith("dpo"):  # beside SimPO
-            away = -14
-        how = {"xytext": (6, away), "textcoords": "offset points", "color": colour}
-        ax.annotate(label, at, **how)
+            away, side = -6, "right"
+        how = {"xytext": (away, 6), "textcoords": "offset points", "ha": side}
+        ax.annotate(label, at, color=colour, **how)
     ax.set_xlabel("similarity of the rewrite to its toxic input", color=grey)
     ax.set_ylabel("toxic or failed rewrites", color=grey)
     ax.set(ylim=(0, 1.02), xlim=(0, 1))
