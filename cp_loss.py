@@ -319,7 +319,8 @@ def check_model(model):
     alone = ids[None].to(model.device)
     want = model(input_ids=alone, labels=alone.where(alone > 5, -100)).loss
     got = model_nll(model, 24 * [ids], 24 * [6])  # two rows, the second padded
-    loose = 1e-4 if model.dtype == torch.float32 else 5e-2
+    # a tuned model, at 21 nats, was off by 1.2e-4 of it, in float64 by nothing
+    loose = 1e-3 if model.dtype == torch.float32 else 5e-2
     if not torch.allclose(got, want.to(got), loose, loose):
         raise ValueError(
             f"not supported: packed nll {got[:2].tolist()}, its own {want.item()} "
