@@ -452,8 +452,8 @@ class LocalGenerator:
 
     def sample(self, numbers, ends, limit, count, temperature):
         """(number, line) of the lines that end after the prefix and those of `ends`."""
-        ids = pad_sequence([ends[i] for i in numbers], True, -1, "left")  # (P, width)
-        cache, width = DynamicCache(), ids.shape[1]
+        ids = pad_sequence([ends[i] for i in numbers], True, -1, "left").to(self.model.device)
+        cache, width = DynamicCache(), ids.shape[1]  # ids (P, width)
         state = ids, self.forward(ids, cache), numbers.to(ids.device)
         ids, logits, which = (x.repeat_interleave(count, 0) for x in state)  # (B, ...)
         cache.batch_repeat_interleave(count)
@@ -483,7 +483,7 @@ class LocalGenerator:
             shared = torch.tensor([prefix], device=self.model.device)
             self.model(shared, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
             self.model.set_attn_implementation("shared_prefix")
-        ends = [torch.tensor(x[len(prefix) :], device=self.model.device) for x in ids]
+        ends = [torch.tensor(x[len(prefix) :]) for x in ids]
         size, lines = max(self.args.batch_size // count, 1), []
         for numbers in tqdm(torch.arange(len(ends)).split(size), "rewrites", leave=False):
             lines += self.sample(numbers, ends, limit, count, temperature)

@@ -425,8 +425,8 @@ def read_outputs(name, path, cases):
 
 def nats(args, made_by, model, tokenizer, texts, begin=0):
     """Per token of each text alone, (S,), after its BOS, or from its second token on without one,
-    if it has more than one.
-    made_by: what the model depends on."""
+    if it has more than one; nan for an empty text of a Series. made_by: what the model depends
+    on."""
 
     @torch.no_grad()
     def work(batch):
@@ -608,7 +608,7 @@ def cell(f):
 
 
 def table(f):
-    cells = f.apply(cell, 1).unstack("system").fillna("")
+    cells = f.apply(cell, axis=1).unstack("system").fillna("")
     cells["n"] = f.n.groupby(level=[0, 1]).max()
     return cells.set_axis(cells.index.map("/".join))
 

@@ -676,8 +676,8 @@ def with_loss_times(model, factor):
 def test_check_model_refuses_a_head_it_does_not_reproduce():
     with pytest.raises(ValueError, match="not supported"):
         check_model(with_loss_times(tiny("Llama"), 1.01))
-    # a processor's bfloat16 took .39 off 17.5 nats
     check_model(with_loss_times(tiny("Llama"), 1.0005))  # rounding
+    # a processor's bfloat16 took .39 off 17.5 nats
     check_model(with_loss_times(tiny("Llama").bfloat16(), 1.03))
     with pytest.raises(ValueError, match="not supported"):
         check_model(with_loss_times(tiny("Llama").bfloat16(), 1.2))
