@@ -218,8 +218,8 @@ def base_phi(model, ids, start, max_tokens):
     """Nats per token, (S,)."""
     nll = []
     with tqdm(total=len(ids), desc="phi", unit="sequence") as bar:
-        for i in range(0, len(ids), 64):
-            some = slice(i, i + 64)
+        for i in range(0, len(ids), 256):
+            some = slice(i, i + 256)
             nll.append(model_nll(model, ids[some], start[some], max_tokens).float().cpu())
             bar.update(len(nll[-1]))
     return torch.cat(nll)

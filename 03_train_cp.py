@@ -111,7 +111,7 @@ class Options(Tap):
     anchors: Count = 9  # a step (paper: 2 x 3)
     lr: Weight = 5e-4  # (paper: 2.2e-5)
     rank: Count = 64  # LoRA r; its alpha is 2 r
-    every: Count = 40  # steps between validations, saves
+    every: Count = 60  # steps between validations, saves
     budget: Count = 2048  # tokens at once; GPU: more
     checkpointing: bool = False  # less memory, a third slower
     seed: Whole = 0  # of anchors, draws and LoRA

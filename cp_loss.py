@@ -289,10 +289,11 @@ def model_nll(
     # where attention has a window, long sequences have a row each and the model's own masks
     short = not window or max(map(len, sequences)) <= window
     rows = _rows(sequences, start or [1] * len(sequences), ROW if short else 0)
-    size = max(max_tokens // len(rows[-1]), 1)
     nll, owners = [], []
-    for at in range(0, len(rows), size):
-        grid = pad_sequence(rows[at : at + size], batch_first=True).to(head.weight.device)
+    while rows:
+        size = max(max_tokens // len(rows[-1]), 1)
+        grid = pad_sequence(rows[-size:], batch_first=True).to(head.weight.device)
+        del rows[-size:]
         ids, position, owner, counts = grid.unbind(2)  # (B, T)
         key, query = owner[:, None], owner[..., None]
         seen = ((key == query) | (key == 0)).tril()[:, None]  # (B, 1, T, T)

@@ -76,11 +76,12 @@ def figures(out) -> dict:
 
 
 BAD_OPTIONS = {
-    ("--k", "0"): "0: must be 1 or more",
-    ("--seed", "1000000000000"): "0 or more",
+    ("--k", "0"): "must be 1 or more",
+    ("--items", "-1"): "must be 1 or more",
+    ("--seed", "1000000000000"): "from 0 to a billion",
     ("--threshold", "nan"): "from 0 to 1",
     ("--threshold", "50"): "from 0 to 1",
-    ("--limit", "x"): "invalid Count value: 'x'",
+    ("--limit", "x"): "invalid int value: 'x'",
     ("--outputs", "x"): "--outputs: invalid Pair value: 'x'",
     ("--server", "a=localhost:8000/v1#m"): "NAME=URL#MODEL",
     ("--server", "a=http://me:secret@localhost/v1#m"): "OPENAI_API_KEY",
@@ -260,11 +261,11 @@ def test_an_adapter_that_does_not_fill_the_base_is_refused(
     if fault == "more":
         tensors["base_model.model.more.lora_A.weight"] = torch.ones(2)
     if fault == "other":
-        tensors["base_model.model.model.norm.weight"] = torch.ones(32)
+        tensors["base_model.model.model.norm.weight"] = torch.zeros(32)
     save_file(tensors, file)
     given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
     status = stage("04", "--run", trained, *given)
-    why = "nan" if fault == "nan" else "its tensors are not those of LoRA"
+    why = "nan" if fault == "nan" else "no LoRA of"
     refused(capsys, status, str(tmp_path / "adapter"), why)
 
 
@@ -282,9 +283,9 @@ def test_what_is_kept_is_not_computed_again(
     assert stage(*command, "--out", tmp_path, *options) == 0
     got, name = figures(tmp_path), f"{classifier.name}#non-toxic"
     assert got["rewrite/toxic@profanity-check"]["base"]["value"] == 1
-    assert got[f"rewrite/#non-toxic@{name}"]["base"]["value"] == 1
+    assert got[f"rewrite/toxic@{name}"]["base"]["value"] == 1
     summary = (tmp_path / "report.md").read_text().split("A cell:")[0]
-    assert f"rewrite/#non-toxic@{name}" in summary and "rewrite/max" not in summary
+    assert f"rewrite/toxic@{name}" in summary and "rewrite/max" not in summary
 
 
 def test_a_killed_evaluation_ends_the_same(stage, report, command, tmp_path):
@@ -469,7 +470,7 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
 
 def test_failures_are_never_clean(module):
     source = "The old man slowly went down to the lake."
-    bounds = [9.9] * 4 + [9.0] * 6  # of 1, 2, ... words, and of ten and more
+    bounds = [9.9, 9.7, 9.0, 9.0]  # up to five words, seven, nine, and more
 
     def kind(output, text=source, fluency=4.0, similarity=0.5):
         row = Namespace(
@@ -487,7 +488,10 @@ def test_failures_are_never_clean(module):
     # short texts are unlikely; their words are counted as the bounds' are
     assert kind("purple of therefore ran", fluency=9.5) is None
     assert kind("well-to-do ran therefore", fluency=9.5) is None
-    assert kind("purple of therefore he ran", fluency=9.5) == "garbled"
+    assert kind("purple of therefore he ran", fluency=9.8) is None
+    assert kind("purple of therefore he ran down", fluency=9.8) == "garbled"
+    assert kind("purple of therefore he ran down", fluency=9.6) is None
+    assert kind("purple of therefore he ran down lake to", fluency=9.1) == "garbled"
     assert kind("17 23 99 1044 3982 1172 44") == "garbled"
     assert kind("The dogs, the cats, the birds, the mice") is None
     assert (
@@ -525,7 +529,7 @@ def test_what_people_say_is_not_garbled(module, tmp_path):
     assert (failure[8:] == "garbled").mean() > 0.5
     whole = module.nats(args, "weights", *lm, plain[:60])
     assert bounds[-1] == pytest.approx(np.percentile(whole, 99))
-    assert len(bounds) == 10 and bounds[2] > bounds[-1] + 1
+    assert len(bounds) == 4 and bounds[0] > bounds[-1] + 1
     assert (bounds <= np.log(len(lm[1]))).all()
 
 
@@ -645,8 +649,11 @@ def test_nats_of_texts(module, tiny, tmp_path):
     )
 
 
-def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
-    """A folder's generation_config.json would change the protocols."""
+def test_generation_takes_no_settings_of_the_model(
+    module, tiny, tmp_path, monkeypatch
+):
+    """A folder's generation_config.json would change the protocols. Any special token ends an
+    answer."""
     shutil.copytree(tiny, tmp_path / "set")
     ask = [(f"Say: {x}", 6) for x in ("The lake", "Sing")] * 4
     made = []
@@ -658,24 +665,31 @@ def test_generation_takes_no_settings_of_the_model(module, tiny, tmp_path):
         torch.manual_seed(0)
         made.append(module.generate(model, tokenizer, 1.0, None, ask))
     assert made[0] == made[1] and len(set(made[0])) > 3  # drawn, not the likeliest
-    ends = tokenizer.convert_ids_to_tokens(model.generation_config.eos_token_id)
-    assert {"<|endoftext|>", tokenizer.eos_token} <= {*ends} and "the" not in ends
+    the, *special = tokenizer.convert_tokens_to_ids(
+        ["the", "<|endoftext|>", tokenizer.eos_token]
+    )
+    for end in special:
+        drawn = [end, the]
+        monkeypatch.setattr(
+            module,
+            "nucleus",
+            lambda x, _, d=drawn: torch.full((len(x), 1), d.pop()),
+        )
+        assert module.generate(model, tokenizer, 1.0, None, ask) == ["the"] * 8
 
 
 def test_draws_are_of_the_likeliest(module):
-    """Of 0.9 of the mass, at their odds, also of a small vocabulary; what is returned leaves one
-    token a row."""
+    """Of 0.9 of the mass, at their odds, also of a small vocabulary."""
     torch.manual_seed(0)
     scores = torch.tensor([[0.05, 0.6, 0.35]]).log().expand(4000, -1)
     for temperature, wanted in (
         (1.0, [0.0, 0.632, 0.368]),
         (0.5, [0.0, 0.746, 0.254]),
     ):
-        left = module.nucleus(temperature, None, scores)
-        assert left.count_nonzero() == 4000
-        assert torch.allclose(left.mean(0), torch.tensor(wanted), atol=0.03)
+        drawn = module.nucleus(scores, temperature)[:, 0].bincount(minlength=3)
+        assert torch.allclose(drawn / 4000, torch.tensor(wanted), atol=0.03)
     wide = torch.zeros(1, 3000).index_fill(1, torch.tensor([7]), 100.0)
-    assert module.nucleus(0.1, None, wide).argmax() == 7
+    assert module.nucleus(wide, 0.1) == 7
 
 
 def test_generation_shares_prompts_and_changes_nothing(module, tiny):
@@ -694,6 +708,30 @@ def test_generation_shares_prompts_and_changes_nothing(module, tiny):
         greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         greedy = greedy[0, ids.shape[1] :]
         assert text == tokenizer.decode(greedy, skip_special_tokens=True)
+
+
+def test_rows_leave(module, tiny, monkeypatch):
+    """At their stop, and to the others nothing changes."""
+    model, tokenizer = load_model(str(tiny), "cpu")
+    the, end = (tokenizer(x).input_ids[-1] for x in ("the", "lake"))
+    batch = [(f"Say: {x}", 4) for x in ("The town", "A long walk to town", "Sing")]
+
+    def run(draws):
+        seen = []
+
+        def nucleus(logits, _):
+            seen.append(logits)
+            return torch.tensor(draws[len(seen) - 1])[:, None]
+
+        monkeypatch.setattr(module, "nucleus", nucleus)
+        return module.generate(model, tokenizer, 1.0, "lake", batch), seen
+
+    _, stayed = run([[the] * 3] * 4)
+    got, seen = run([[the] * 3, [end, the, the], [the, end], [the]])
+    assert [text.count("lake") for text in got] == [1, 0, 1]
+    assert [text.count("the") for text in got] == [1, 4, 2]
+    for i, rows in enumerate(([0, 1, 2], [0, 1, 2], [1, 2], [1])):
+        assert torch.allclose(seen[i], stayed[i][rows], atol=1e-5)
 
 
 def test_prompts(module, tiny, tmp_path):
@@ -751,7 +789,7 @@ def test_tasks(module, tiny, monkeypatch):
         assert items[0]["query"].endswith("Answer:")
         assert max(x["gold"] for x in items) == choices - 1
     model, tokenizer = load_model(str(tiny), "cpu")
-    tasks, args = ["boolq", "wiki"], Namespace(limit=3, batch_size=4)
+    tasks, args = ["boolq", "wiki"], Namespace(items=3, batch_size=4)
     names = ["protocol", "prompt", "metric", "value"]
     rows = module.run_tasks(model, tokenizer, args, tasks)
     rows = pd.DataFrame(rows, columns=names)
@@ -778,7 +816,7 @@ def test_a_tasks_accuracy_counts(module, tiny, monkeypatch):
     }
     made = {"samples": {"lambada": [item, item | {"filter": "flexible", "acc": 0}]}}
     monkeypatch.setattr(module.lm_eval, "simple_evaluate", lambda *_, **__: made)
-    listed, args = [], Namespace(limit=3, batch_size=4)
+    listed, args = [], Namespace(items=3, batch_size=4)
     monkeypatch.setattr(
         module, "TaskManager", lambda **how: listed.append(how["include_defaults"])
     )
@@ -794,7 +832,7 @@ def test_tasks_of_other_files_are_asked_anew(module, tmp_path, monkeypatch):
     path.parent.mkdir()
     monkeypatch.setattr(module, "TASKS", path.parent)
     monkeypatch.setattr(module, "run_tasks", lambda *_: asked.append(1) or [])
-    args = Namespace(out=tmp_path, seed=0, batch_size=4, limit=2, tasks=["a"])
+    args = Namespace(out=tmp_path, seed=0, batch_size=4, items=2, tasks=["a"])
     cases = pd.DataFrame(columns=["protocol", "input"])
     for text in ("one", "one", "two"):
         path.write_text(text)
