@@ -80,7 +80,7 @@ class Options(Tap):
     fluency: str | None = None  # a larger LM that scores outputs too (DExperts): `other`
     show: bool = False  # don't mask explicit words in samples
     limit: int = 120  # of a protocol's texts
-    items: int = 60  # of a task
+    items: int = 40  # of a task
     k: int = 5  # continuations of a text (DExperts: 25)
     batch_size: int = 64  # answers at once; GPU: more
     seed: int = 0  # of sampling
