@@ -25,7 +25,7 @@ writes  runs/default/report/  report.md, rewrites.png, report.json (every figure
         interval, standard error, n), generations.jsonl (every output with its raw scores), and
         kept/: what the models answered, which is not computed again; scores always are
 
-    python 04_evaluate.py                                    # 7 minutes on 2 CPU cores
+    python 04_evaluate.py                                    # 5 minutes on 2 CPU cores
     python 04_evaluate.py --threshold 0.8                    # scores again what is kept: 30 s
     python 04_evaluate.py --adapter ours=a ours=b dpo=c      # a and b: seeds of one recipe
     python 04_evaluate.py --server mine=http://localhost:8000/v1#my-model
