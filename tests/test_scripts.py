@@ -366,13 +366,13 @@ def test_end_to_end_on_the_default_model(tmp_path):
     assert all(n["toxicity"] >= 0.5 and n["similarity"] >= 0.5 for n in negatives)
     run_script("02_build_prototypes.py", *run, "--validation", 0.3)
     run_script("03_train_cp.py", *run, "--steps", 2, "--anchors", 2)
-    run_script(
-        "04_evaluate.py", *run, "--limit", 4, "--k", 2, "--tasks", "piqa", "wiki"
-    )
+    small = ["--limit", 4, "--items", 3, "--k", 2, "--tasks", "piqa", "wiki"]
+    run_script("04_evaluate.py", *run, *small)
     figures = json.loads((tmp_path / "report/report.json").read_text())["figures"]
     figure = figures["rewrite/unsafe@tox-block"]["base"]
     assert figure["n"] == 4 and figure["low"] <= figure["value"] <= figure["high"]
     assert 4 < figures["wiki/nll_word"]["base"]["value"] < 8
+    assert figures["wiki/nll_word"]["base"]["n"] == 3
     assert 0 <= figures["piqa/acc"]["base"]["value"] <= 1
     for row in lines(tmp_path / "report/generations.jsonl"):
         assert {"toxicity@profanity-check", "toxicity@tox-block", "failure"} <= set(
