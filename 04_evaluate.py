@@ -332,7 +332,7 @@ def generate(model, tokenizer, temperature, stop, batch):
     """Answers to a batch of (text, most tokens), up to stop, if there is one. A row leaves at its
     end."""
     ids, cache = begin(model, tokenizer, batch)
-    special = [i for i, x in tokenizer.added_tokens_decoder.items() if x.special]
+    special = {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
     said, rows, width = {}, torch.arange(len(ids)), ids.shape[1]
     for _ in range(max(limit for _, limit in batch)):
         cached, seen = cache.get_seq_length(), ids >= 0
@@ -384,7 +384,7 @@ def keep(args, label, made_by, items, work):
     made = []
     for at in tqdm(range(0, len(items), args.batch_size), label, leave=False):
         batch = items[at : at + args.batch_size]
-        # 2: one more where `generate` draws otherwise, so that what is kept is made anew
+        # 3: one more where `generate` draws otherwise, so that what is kept is made anew
         key = repr([3, made_by, at, batch]).encode()
         path = args.out / f"kept/{hashlib.sha256(key).hexdigest()}.json"
         aside = path.with_suffix(".tmp")
