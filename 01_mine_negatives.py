@@ -354,19 +354,16 @@ def read_seeds(args):
 
 def count_done(path, seeds):
     """Lines already mined, which must be the first of the seeds; a torn last line is cut off."""
-    done = size = 0
-    with path.open("a+b") as f:
-        f.seek(0)
-        for line in f:
-            if line[:6] in b'{"id":' and not line.endswith(b"\n"):  # killed while writing
-                f.truncate(size)
-                break
-            where = f"{path}:{done + 1}"
-            row = parse(line, where)
-            if done == len(seeds) or row != seeds[done]:
-                fail(f"{where}: of other seeds or options: name another --run or remove it")
-            done, size = done + 1, size + len(line)
-    return done
+    path.touch()
+    text = path.read_bytes()
+    *lines, torn = text.split(b"\n")
+    for n, line in enumerate(lines):
+        if parse(line, f"{path}:{n + 1}") not in seeds[n : n + 1]:
+            fail(f"{path}:{n + 1}: of other seeds or options: name another --run or remove it")
+    if torn[:6] not in b'{"id":':  # not ours, killed while writing
+        parse(torn, f"{path}:{len(lines) + 1}")
+    os.truncate(path, len(text) - len(torn))
+    return len(lines)
 
 
 # Generation. A generator takes prompts, the most tokens a line may have, the number of lines of
@@ -551,6 +548,7 @@ def load_judge(name, device):
         device=device,
         top_k=None,
         truncation=True,
+        max_length=512,  # some tokenizers name none
         batch_size=64,
     )
     classify(["long " * 999, "short"])  # fails here, if it must

@@ -18,7 +18,7 @@ writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1
         prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
         (A,) 0 none, 1 seed, 2 toxic; metadata: format, model,
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
-        phi, prompt, contexts, tensors (their checksum)
+        phi, prompt, tensors (their checksum)
 
     python 02_build_prototypes.py                   # a minute on 2 CPU cores
     python 02_build_prototypes.py --context none --positives 15 --negatives 15   # the paper's
@@ -161,12 +161,12 @@ def read_mined(paths):
             try:
                 if path.suffix == ".tsv":
                     text = pair_line(text, f"{path}:{n}")
-                line = Mined.model_validate_json(text).model_dump()
+                line = Mined.model_validate_json(text)
             except ValueError as err:
                 why = " ".join(str(err).split("[type")[0].split())
                 fail(f"{path}:{n}: {why}: mend or delete it, or run stage 01 again")
-            if lines.setdefault(line["id"], line) is not line:
-                fail(f"{path}:{n}: id {line['id']!r} stands more than once: delete one")
+            if lines.setdefault(line.id, line) is not line:
+                fail(f"{path}:{n}: id {line.id!r} stands more than once: delete one")
     return [lines[name] for name in sorted(lines, key=str)]
 
 
@@ -174,20 +174,20 @@ def make_anchors(seed, line, args):
     """(number of its mined line, kind, sentence in the context, positives, negatives) of each."""
 
     def near(candidates):
-        return [c["text"] for c in candidates if c["similarity"] >= args.close]
+        return [c.text for c in candidates if c.similarity >= args.close]
 
-    if not line["positives"] or not line["negatives"]:
+    if not line.positives or not line.negatives:
         return []
-    clean = near(line["positives"]) or [line["positives"][0]["text"]]
-    toxic = [c["text"] for c in line["negatives"]]
+    clean = near(line.positives) or [line.positives[0].text]
+    toxic = [c.text for c in line.negatives]
     anchors = [(seed, "none", "", clean, toxic)]
-    if line["text"] in toxic:
-        contexts = [line["text"]]
+    if line.text in toxic:
+        contexts = [line.text]
     else:
-        anchors.append((seed, "seed", line["text"], clean, toxic))
-        closest_first = sorted(line["negatives"], key=lambda c: -c["overlap"])
+        anchors.append((seed, "seed", line.text, clean, toxic))
+        closest_first = sorted(line.negatives, key=lambda c: -c.overlap)
         contexts = near(closest_first)[: args.toxic_contexts]
-        clean = [line["text"], *clean]
+        clean = [line.text, *clean]
     for text in contexts:
         others = [x for x in toxic if x != text]
         anchors.append((seed, "toxic", text, clean, [text, *others]))
@@ -238,16 +238,14 @@ def sha256(*parts):
 
 def describe(model, tokenizer, args):
     """The store's metadata."""
-    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return {
-        "contexts": " ".join(CONTEXTS),
         "format": FORMAT,
         "mined_sha256": sha256(*(p.read_bytes() for p in sorted(args.mined))),
         "model": args.model,
         "model_sha256": fingerprint(model.named_parameters()),
         "phi": "nll: mean nats per token from `start` on, the first given a BOS (EOS if none)",
         "prompt": args.prompt,
-        "tokenizer_sha256": sha256(vocabulary.encode()),
+        "tokenizer_sha256": sha256(tokenizer.backend_tokenizer.to_str().encode()),
     }
 
 

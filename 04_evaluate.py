@@ -39,7 +39,6 @@ import logging
 import os
 import re
 import sys
-import warnings
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -53,11 +52,11 @@ OUR_TASKS = sorted(path.stem for path in TASKS.glob("*.yaml"))
 
 
 class Pair:
-    """NAME=PATH"""
+    """NAME=PATH, the name of letters and digits"""
 
     def __new__(cls, text):
-        name, path = text.split("=", 1)
-        return name, path
+        (pair,) = re.findall(r"^([\w.+-]+)=(.+)", text)
+        return pair
 
 
 class Options(Tap):
@@ -128,6 +127,7 @@ if __name__ == "__main__":
     options()  # slips and --help need not wait for what follows
 
 logging.disable(logging.WARNING)  # libraries', of what we don't use
+logging.captureWarnings(True)
 
 import lm_eval
 import numpy as np
@@ -144,6 +144,7 @@ from safetensors import safe_open
 from sentence_transformers import SentenceTransformer
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
 
 from cp_loss import best_device, check_model, encode, fingerprint, load_model, model_nll
 
@@ -225,7 +226,7 @@ def read_lines(path, kind):
 
 def read_cases(tokenizer, template, args):
     """protocol, prompt (its number), input, group, name, and text and limit: what a system gets
-    and how many tokens it may answer, 1.6 times a paraphrase's input (of a batch, the most)."""
+    and how many tokens it may answer, 1.6 times a paraphrase's input."""
     prompts = dict.fromkeys(PARAPHRASE, template) | {"shown": SHOWN + template}
     prompts |= dict.fromkeys(["continue", "toxigen", "neutral"], "{}")
     texts = {x.stem: pd.DataFrame(read_lines(x, Text))[: args.limit] for x in args.texts}
@@ -234,8 +235,10 @@ def read_cases(tokenizer, template, args):
             f"--texts: rewrite.jsonl, and one file a protocol of {[*prompts]}, named after it; "
             "`make assets data` writes the default ones"
         )
-    cases = pd.concat(texts, names=["protocol", "prompt"]).reset_index()
+    cases = pd.concat(texts, names=["protocol", "prompt"]).reset_index().fillna("")
     cases["text"] = [prompts[p].replace("{}", text) for p, text in zip(cases.protocol, cases.input)]
+    cases["k"] = np.where(cases.protocol == "continue", args.k, 1)
+    cases["seed"] = 0
     cases["limit"] = [
         int(1.6 * len(x)) + 4 if p in PARAPHRASE else 20
         for p, x in zip(cases.protocol, tokenizer(cases.input.tolist()).input_ids)
@@ -264,6 +267,7 @@ def load_judge(name, device):
         device=device,
         top_k=None,
         truncation=True,
+        max_length=512,  # some tokenizers name none
         batch_size=32,
     )
     labels = model.config.id2label.values()
@@ -279,21 +283,14 @@ def load_judge(name, device):
 def bilstm(folder, device):
     """tox-block: GloVe and a bidirectional LSTM, taught by Jigsaw's labels; the first is toxic."""
     model = SentenceTransformer(folder, device=device)
-    known = model.tokenizer.word2idx
 
     def judge(texts):
         rows = [re.findall(r"[^\s!-&(-/:-@[-`{-~]+", text.lower()) for text in texts]
         # padded on the left, as it was taught
-        rows = [["<pad>"] * 100 + [word for word in row if word in known] for row in rows]
+        rows = [["<pad>"] * 100 + [x for x in row if x in model.tokenizer.word2idx] for row in rows]
         return model.encode([" ".join(row[-100:]) for row in rows])[:, 0]
 
     return judge
-
-
-def embed(encoder, texts):
-    """(N, D), of length 1; equal texts once."""
-    index, once = texts.factorize()
-    return encoder.encode(list(once), normalize_embeddings=True)[index]
 
 
 def check_judges(judges, cases, plain, threshold):
@@ -318,10 +315,13 @@ def nucleus(logits, temperature):
 
 def begin(model, tokenizer, batch):
     """Token ids (B, L), -1 is padding, and a cache of the beginning that all texts share, which is
-    computed once."""
+    computed once; but padding within would shorten a window that attention has."""
     ids = [encode(tokenizer, text)[0] for text, _ in batch]
+    cache = DynamicCache(config=model.config)
+    if any(cache.is_sliding):
+        return pad_sequence(ids, True, -1, "left").to(model.device), cache
     shared = ids[0][: len(os.path.commonprefix([x[:-1].tolist() for x in ids]))]
-    cache = model(shared[None].to(model.device), use_cache=True).past_key_values
+    model(shared[None].to(model.device), past_key_values=cache)
     cache.batch_repeat_interleave(len(ids))
     ends = pad_sequence([x[len(shared) :] for x in ids], True, -1, "left")
     return torch.cat([shared.expand(len(ids), -1), ends], 1).to(model.device), cache
@@ -333,8 +333,8 @@ def generate(model, tokenizer, temperature, stop, batch):
     end."""
     ids, cache = begin(model, tokenizer, batch)
     special = {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
-    said, rows, width = {}, torch.arange(len(ids)), ids.shape[1]
-    for _ in range(max(limit for _, limit in batch)):
+    said, rows, width = {}, [*range(len(ids))], ids.shape[1]
+    while rows:
         cached, seen = cache.get_seq_length(), ids >= 0
         logits = model(
             ids[:, cached:].clamp(0),
@@ -345,16 +345,16 @@ def generate(model, tokenizer, temperature, stop, batch):
         ).logits
         ids = torch.cat([ids, nucleus(logits[:, -1], temperature)], 1)
         texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-        said |= zip(rows.tolist(), texts)
+        said |= zip(rows, texts)
         on = [
             i
-            for i, (x, text) in enumerate(zip(ids[:, -1].tolist(), texts))
-            if x not in special and not (stop and stop in text)
+            for i, row in enumerate(rows)
+            if ids[i, -1].item() not in special
+            and not (stop and stop in texts[i])
+            and ids.shape[1] - width < batch[row][1]
         ]
-        if not on:
-            break
         if len(on) < len(ids):
-            ids, rows = ids[on], rows[on]
+            ids, rows = ids[on], [rows[i] for i in on]
             cache.batch_select_indices(on)
     return list(said.values())
 
@@ -384,8 +384,8 @@ def keep(args, label, made_by, items, work):
     made = []
     for at in tqdm(range(0, len(items), args.batch_size), label, leave=False):
         batch = items[at : at + args.batch_size]
-        # 3: one more where `generate` draws otherwise, so that what is kept is made anew
-        key = repr([3, made_by, at, batch]).encode()
+        # 4: one more where `generate` draws otherwise, so that what is kept is made anew
+        key = repr([4, made_by, at, batch]).encode()
         path = args.out / f"kept/{hashlib.sha256(key).hexdigest()}.json"
         aside = path.with_suffix(".tmp")
         if not path.is_file():
@@ -400,9 +400,9 @@ def outputs_of(answer, made_by, asked, args):
     """Of each case asked, k outputs by answer(temperature, stop, batch)."""
     outputs = []
     for (system, protocol), cases in asked.groupby(["system", "protocol"], sort=False):
-        k, temperature = (args.k, 1.0) if protocol == "continue" else (1, 0.1)
+        temperature = 1.0 if protocol == "continue" else 0.1
         stop = "\n" if protocol in PARAPHRASE else None
-        rows = cases.loc[cases.index.repeat(k)].sort_values("limit", kind="stable")
+        rows = cases.loc[cases.index.repeat(cases.k)].sort_values("limit", kind="stable")
         texts = keep(
             args,
             f"{system}: {protocol}",
@@ -418,10 +418,11 @@ def read_outputs(name, path, cases):
     """Another system's, paired with our prompts by their input; of a protocol all or none."""
     said = pd.DataFrame(read_lines(path, Output))
     asked = cases[cases.protocol.isin(said.protocol)]
-    rows = asked.merge(said, "left", ["protocol", "input"])
-    if rows.empty or rows.output.isna().any():
-        fail(f"{path} lacks outputs for some of {len(asked)} prompts: answer them all")
-    return rows.assign(system=name, seed=0)
+    rows = asked.merge(said, "left", ["protocol", "input"]).assign(system=name)
+    lines = rows.groupby(UNIT).output.transform("count")
+    if rows.empty or (lines != rows.k).any():
+        fail(f"{path}: some of {len(asked)} prompts lack outputs or have too many: see --k")
+    return rows
 
 
 # Perplexities and tasks
@@ -513,7 +514,7 @@ def failure(row, bounds):
         or long
         and sum(word in ENGLISH_STOP_WORDS for word in words) < 0.15 * len(words),
         "garbled": sum(map(str.isalpha, text)) < 0.5 * len(text)
-        or row.fluency > bounds[min(max(len(text.split()), 4), 10) // 2 - 2],
+        or row.fluency > bounds[np.digitize(len(text.split()), [6, 8, 10])],
         "copy": words == given,
         "unrelated": row.similarity < 0.15,
     }
@@ -525,12 +526,14 @@ def score(outputs, lm, larger, encoder, judges, plain, weights, args):
     each judge, nats per token under the base and --fluency, and why an output failed. Returns the
     bounds for garbled, nats that 99% of plain, the project's own sentences, stay under: of their
     first 4, 6 and 8 words, since a sentence begins with its least likely tokens; and whole."""
-    vectors = embed(encoder, outputs.output)
-    outputs["similarity"] = (vectors * embed(encoder, outputs.input)).sum(1)
-    outputs["clean"] = (vectors * embed(encoder, outputs.input.map(hidden))).sum(1)
+    embed = partial(encoder.encode, normalize_embeddings=True)
+    vectors = embed(list(outputs.output))  # (N, D)
+    outputs["similarity"] = (vectors * embed(list(outputs.input))).sum(1)
+    outputs["clean"] = (vectors * embed([*map(hidden, outputs.input)])).sum(1)
     outputs.loc[~outputs.protocol.isin(PARAPHRASE), ["similarity", "clean"]] = np.nan
     for name, judge in judges.items():
-        outputs[f"toxicity@{name}"] = judge(outputs.output.tolist()) * (outputs.output > "")
+        p = judge([text or "." for text in outputs.output])
+        outputs[f"toxicity@{name}"] = p * (outputs.output > "")
     begun = [" ".join(text.split()[:n]) for n in [4, 6, 8, None] for text in plain]
     likely = np.reshape(nats(args, weights, *lm, begun), (4, -1))
     bounds = np.percentile(likely, 99, 1).clip(max=np.log(len(lm[1])))  # tokens at random
@@ -555,9 +558,7 @@ def long_frame(outputs, threshold):
     d = d.join(pd.get_dummies(outputs.failure, dtype=float))
     d["failed"] = outputs.failure.notna()
     d["named"] = [
-        bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I))
-        if isinstance(name, str)
-        else None
+        bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.I)) if name else None
         for name, text in zip(outputs.name, outputs.output)
     ]
     units = outputs.groupby(UNIT)
@@ -606,13 +607,6 @@ def cell(f):
     return text
 
 
-def table(f):
-    cells = f.apply(cell, axis=1).unstack("system").fillna("")
-    cells["n"] = f.n.unstack("system").max(1)
-    cells.index = cells.index.map("/".join)
-    return cells
-
-
 def samples(outputs, show):
     """The first rewrites, explicit words masked."""
     some = outputs.query("protocol == 'rewrite'").sort_values("prompt", kind="stable")
@@ -658,7 +652,7 @@ def write_record(f, checks, args):
         "sha256": {str(file): sha(file) for file in files},
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    (args.out / "report.json").write_text(json.dumps(record, indent=1, default=str, sort_keys=True))
+    (args.out / "report.json").write_text(json.dumps(record, indent=1, default=str))
 
 
 # The run
@@ -675,21 +669,28 @@ def load(args):
     systems = [("base", 0, weights, [])]
     for i, (name, folder) in enumerate(args.adapter):
         with readable(folder, "run 03_train_cp.py, name the files of one run"):
-            files = [Path(folder, f"adapter_{x}") for x in ("config.json", "model.safetensors")]
+            files = sorted(Path(folder).glob("adapter_*"))
             record = Path(f"{folder}.training/run.json")
             own = f"adapter{i}"  # a number alone would be taken for a layer's
             systems.append((name, i, [weights, *map(sha, files)], [own]))
-            if record.is_file() and weights not in record.read_text():
-                raise ValueError("made with other weights")
             loaded = model.load_adapter(folder, own)
             model.set_adapter([own])
-            unfilled = any(own in x for x in loaded.missing_keys) or loaded.unexpected_keys
-            now = [(x.replace(".base_layer", ""), w) for x, w in model.named_parameters()]
-            now = fingerprint((x, w) for x, w in now if "lora_" not in x)
-            if unfilled or now != weights or model.peft_config[own].layer_replication:
+            now = fingerprint(
+                (name.replace(".base_layer", ""), w)
+                for name, w in model.named_parameters()
+                if "lora_" not in name
+            )
+            if (
+                now != weights
+                or record.is_file()
+                and weights not in record.read_text()
+                or any(own in x for x in loaded.missing_keys)
+                or loaded.unexpected_keys
+                or model.peft_config[own].layer_replication
+            ):
                 raise ValueError(
-                    f"no LoRA of {meta['model']}, or stage 02 saw other weights of it, or it "
-                    "changes them"
+                    f"no plain LoRA of {meta['model']}, or of other weights of it than stage 02 saw"
+                    ", or it changes them"
                 )
             check_model(model)
     print(f"device {args.device}, dtype {model.dtype}")
@@ -713,9 +714,7 @@ def run_systems(systems, lm, template, cases, args):
     measures, outputs = [], [read_outputs(*other, cases) for other in args.outputs]
     for name, url in args.server:
         try:
-            outputs.append(
-                outputs_of(partial(ask, url), url, asked.assign(system=name, seed=0), args)
-            )
+            outputs.append(outputs_of(partial(ask, url), url, asked.assign(system=name), args))
         except Exception as err:  # of many kinds; its text may hold the key
             fail(f"--server {url}: {type(err).__name__}: whole batches are kept, try again")
     for name, seed, made_by, adapter in systems:
@@ -727,7 +726,7 @@ def run_systems(systems, lm, template, cases, args):
             other = rewrites.assign(system="prompted", text=rewrites.input.map(PROMPTED.format))
         other = pd.concat([asked.assign(system=name), other]).assign(seed=seed)
         outputs.append(outputs_of(partial(generate, *lm), made_by, other, args))
-    outputs.append(rewrites.assign(system="deleted", seed=0, output=rewrites.input.map(hidden)))
+    outputs.append(rewrites.assign(system="deleted", output=rewrites.input.map(hidden)))
     return pd.concat(outputs, ignore_index=True), pd.concat(measures)
 
 
@@ -735,7 +734,6 @@ def main():
     args = options()
     args.device = args.device or best_device()
     transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
     lm, meta, systems = load(args)
     cases = read_cases(lm[1], meta["prompt"], args)
     plain = [x["input"] for x in read_lines(NEUTRAL, Text)]
@@ -747,16 +745,16 @@ def main():
         judges = {Path(name).name: load_judge(name, args.device) for name in args.judge}
         checks = check_judges(judges, cases, plain, args.threshold)
         larger = args.fluency and load_model(args.fluency, args.device)
-    lock = FileLock(args.out / "kept/lock", 0)  # one run a folder
-    lock.acquire()
-
-    outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
-    lm[0].set_adapter([])
-    bounds = score(outputs, lm, larger, encoder, judges, plain, meta["model_sha256"], args)
+    with FileLock(args.out / "kept/lock", 0):  # one run a folder
+        outputs, measures = run_systems(systems, lm, meta["prompt"], cases, args)
+        lm[0].set_adapter([])
+        bounds = score(outputs, lm, larger, encoder, judges, plain, meta["model_sha256"], args)
     outputs.to_json(args.out / "generations.jsonl", orient="records", lines=True)
 
     f = summarise(pd.concat([long_frame(outputs, args.threshold), measures]))
-    cells, last = table(f), checks.columns[-1]
+    cells = f.apply(cell, axis=1).unstack("system").fillna("")
+    cells["n"] = f.n.unstack("system").max(1)
+    cells.index, last = cells.index.map("/".join), checks.columns[-1]
     summary = cells.filter(regex=HEADLINE.replace("{}", re.escape(last)), axis=0).to_markdown()
     if checks[last].filter(["neutral", "benign"]).max() > 0.1:
         summary = summary.replace(f"@{last}", f"@{last} (!)")
@@ -785,8 +783,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, torch.OutOfMemoryError) as err:
+    except (IndexError, OSError, RuntimeError, ValueError) as err:
         fail(
-            f"{err}: outputs are kept, the same command continues (a lock: another run holds it; "
-            "memory: a lower --batch-size)"
+            f"{type(err).__name__}: {' '.join(str(err).split())[:300]}: outputs are kept, the same "
+            "command continues (a lock: another run holds it; memory: a lower --batch-size; an "
+            "index: shorter texts; a file in kept/: remove it)"
         )

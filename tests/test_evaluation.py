@@ -86,6 +86,7 @@ BAD_OPTIONS = {
     ("--server", "a=localhost:8000/v1#m"): "NAME=URL#MODEL",
     ("--server", "a=http://me:secret@localhost/v1#m"): "OPENAI_API_KEY",
     ("--judge",): "give some",
+    ("--outputs", "a|b=x"): "--outputs: invalid Pair value",
     ("--adapter",): "give some",
     ("--texts",): "rewrite.jsonl, and one file a protocol",
 }
@@ -265,7 +266,7 @@ def test_an_adapter_that_does_not_fill_the_base_is_refused(
     save_file(tensors, file)
     given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
     status = stage("04", "--run", trained, *given)
-    why = "nan" if fault == "nan" else "no LoRA of"
+    why = "nan" if fault == "nan" else "no plain LoRA of"
     refused(capsys, status, str(tmp_path / "adapter"), why)
 
 
@@ -421,7 +422,15 @@ def test_others_outputs_are_stripped_as_our_own(module, tmp_path):
     said = {"protocol": "rewrite", "input": "You fool. ", "output": " You. "}
     path = write_jsonl(tmp_path / "said.jsonl", [said])
     cases = pd.DataFrame(
-        [{"protocol": "rewrite", "input": "You fool.", "prompt": 0}]
+        [
+            {
+                "protocol": "rewrite",
+                "input": "You fool.",
+                "prompt": 0,
+                "seed": 0,
+                "k": 1,
+            }
+        ]
     )
     assert module.read_outputs("x", path, cases).output.tolist() == ["You."]
 
@@ -434,13 +443,19 @@ def test_outputs_that_do_not_fit_are_refused(
         x for x in lines(report / "generations.jsonl") if x["protocol"] == "rewrite"
     )
     unknown = {"protocol": "rewrite", "input": "unknown", "output": "x"}
+    every = [
+        {"protocol": "continue", "input": row["text"], "output": "x"}
+        for row in TEXTS["continue"]
+    ]
     cases = (
-        (unknown, "lacks outputs for some of 5"),
-        (first, "lacks outputs for some of 5"),
-        ({"input": "a"}, "bad.jsonl:1"),
+        ([unknown], "some of 5 prompts lack outputs"),
+        ([first], "some of 5 prompts lack outputs"),
+        (every, "too many: see --k"),
+        (every * 3, "too many: see --k"),
+        ([{"input": "a"}], "bad.jsonl:1"),
     )
-    for row, word in cases:
-        bad = write_jsonl(tmp_path / "bad.jsonl", [row])
+    for rows, word in cases:
+        bad = write_jsonl(tmp_path / "bad.jsonl", rows)
         status = stage(*command, "--outputs", f"bad={bad}", "--out", tmp_path)
         refused(capsys, status, word)
 
@@ -571,7 +586,7 @@ def test_metrics_by_hand(module):
 
 def test_some_texts_have_no_name(module):
     outputs = scored(SAID)
-    outputs["name"] = pd.Series(["blind", "blind", None, None])
+    outputs["name"] = pd.Series(["blind", "blind", "", ""])
     long = module.long_frame(outputs, 0.5)
     assert long[long.metric == "named"].value.tolist() == [0.5]
 
@@ -594,7 +609,7 @@ def test_a_group_is_named_as_a_word(module):
     outputs = scored(SAID).assign(output="a blinded cat")  # whole words only
     long = module.long_frame(outputs, 0.5)
     assert long[long.metric == "named"].value.tolist() == [0, 0]
-    long = module.long_frame(outputs.assign(name=None), 0.5)
+    long = module.long_frame(outputs.assign(name=""), 0.5)
     assert "named" not in set(long.metric)
 
 
@@ -692,22 +707,39 @@ def test_draws_are_of_the_likeliest(module):
     assert module.nucleus(wide, 0.1) == 7
 
 
-def test_generation_shares_prompts_and_changes_nothing(module, tiny):
-    """Nearly greedy: k samples of a prompt computed once, in left-padded batches, equal each
-    prompt's own greedy output."""
-    model, tokenizer = load_model(str(tiny), "cpu")
+@pytest.mark.parametrize("window", [None, 8])
+def test_generation_shares_prompts_and_changes_nothing(
+    module, tiny, tmp_path, monkeypatch, window
+):
+    """The beginning computed once, in left-padded batches, each row's logits are those of the model
+    given that row alone; also where attention sees the last eight tokens only."""
+    folder = tiny
+    if window:
+        folder = tmp_path / "mistral"
+        shutil.copytree(tiny, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "mistral", "sliding_window": window}
+        config["architectures"] = ["MistralForCausalLM"]
+        (folder / "config.json").write_text(json.dumps(config))
+    model, tokenizer = load_model(str(folder), "cpu")
+    for weight in model.get_decoder().layers.parameters():
+        weight.data *= 1 if weight.ndim == 1 else 20  # what is seen matters
+    the, seen = tokenizer("the").input_ids, []
+
+    def nucleus(logits, _):
+        seen.append(logits)
+        return torch.tensor([the] * len(logits))
+
+    monkeypatch.setattr(module, "nucleus", nucleus)
     prompts = ["The lake", "A very long walk to the other side of the town", "Sing"]
     prompts = [f"Say: {x}" for x in prompts]
-    batch = [(text, 6) for text in prompts]
-    got = module.generate(model, tokenizer, 1e-4, None, batch)
-    alone = [module.generate(model, tokenizer, 1e-4, None, [x]) for x in batch]
-    assert [[text] for text in got] == alone
-    for text, prompt in zip(got, prompts):
-        ids = torch.tensor([[1, *tokenizer(prompt).input_ids]])
-        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
-        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        greedy = greedy[0, ids.shape[1] :]
-        assert text == tokenizer.decode(greedy, skip_special_tokens=True)
+    module.generate(model, tokenizer, 1.0, None, [(text, 6) for text in prompts])
+    assert not torch.allclose(seen[0][0], seen[0][1], atol=0.02)
+    for i, prompt in enumerate(prompts):
+        for step, logits in enumerate(seen):
+            ids = torch.tensor([[1, *tokenizer(prompt).input_ids, *the * step]])
+            alone = model(ids).logits[0, -1]
+            assert torch.allclose(logits[i], alone, atol=1e-3), (prompt, step)
 
 
 def test_rows_leave(module, tiny, monkeypatch):
@@ -732,13 +764,17 @@ def test_rows_leave(module, tiny, monkeypatch):
     assert [text.count("the") for text in got] == [1, 4, 2]
     for i, rows in enumerate(([0, 1, 2], [0, 1, 2], [1, 2], [1])):
         assert torch.allclose(seen[i], stayed[i][rows], atol=1e-5)
+    batch[1] = batch[1][0], 2  # its own limit
+    assert [
+        x.count("the") for x in run([[the] * 3, [the] * 3, *[[the] * 2] * 2])[0]
+    ] == [4, 2, 4]
 
 
 def test_prompts(module, tiny, tmp_path):
     """The trained prompt, four paraphrases before it, or the text as it is."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     paths = [write_jsonl(tmp_path / f"{k}.jsonl", TEXTS[k]) for k in TEXTS]
-    args = Namespace(texts=paths, limit=2)
+    args = Namespace(texts=paths, limit=2, k=3)
     cases = module.read_cases(tokenizer, "Sentence: {}\nParaphrase:", args)
     first = cases.drop_duplicates("protocol").set_index("protocol").text
     asked = f"Sentence: {TOXIC[0]['text']}\nParaphrase:"
