@@ -357,11 +357,11 @@ def count_done(path, seeds):
     path.touch()
     text = path.read_bytes()
     *lines, torn = text.split(b"\n")
+    if torn[:6] not in b'{"id":':  # not ours, killed while writing
+        lines.append(torn)
     for n, line in enumerate(lines):
         if parse(line, f"{path}:{n + 1}") not in seeds[n : n + 1]:
             fail(f"{path}:{n + 1}: of other seeds or options: name another --run or remove it")
-    if torn[:6] not in b'{"id":':  # not ours, killed while writing
-        parse(torn, f"{path}:{len(lines) + 1}")
     os.truncate(path, len(text) - len(torn))
     return len(lines)
 

@@ -173,8 +173,8 @@ def generator(seed):
 
 
 def read_store(args):
-    """Stage 02's tensors by name, with `ids`, each sequence's tokens, and `train` and `validation`,
-    numbers of the anchors in use; its metadata."""
+    """Stage 02's tensors by name, with `ids` and `size`, each sequence's tokens and their number,
+    and `train` and `validation`, numbers of the anchors in use; its metadata."""
     path = args.run / "prototypes.safetensors"
     try:
         with safe_open(path, "pt") as f:
@@ -184,7 +184,8 @@ def read_store(args):
     if [meta.get("format"), meta.get("tensors")] != [FORMAT, fingerprint(tensors.items())]:
         fail(f"{path}: damaged, or its format not {FORMAT}: run 02_build_prototypes.py again")
     store = argparse.Namespace(**tensors)
-    store.ids = store.input_ids.split(store.offsets.diff().tolist())
+    store.size = store.offsets.diff()
+    store.ids = store.input_ids.split(store.size.tolist())
     wanted = torch.isin(store.context, torch.tensor([CONTEXTS.index(c) for c in args.context]))
     store.train = (wanted & ~store.held_out).nonzero().flatten()
     store.validation = (wanted & store.held_out).nonzero().flatten()
@@ -209,9 +210,9 @@ def draw(store, anchors: Tensor, args, random):
     """Sequence numbers: up to |P| and |N| of each anchor at random, the required ones first."""
     chosen = []
     for a in anchors:
-        low, high = torch.searchsorted(store.anchor, torch.stack([a, a + 1])).tolist()
-        rank = torch.rand(high - low, generator=random) + store.required[low:high]
-        order = low + rank.argsort(descending=True)
+        own = (store.anchor == a).nonzero().flatten()
+        rank = torch.rand(len(own), generator=random) + store.required[own]
+        order = own[rank.argsort(descending=True)]
         positive = store.is_positive[order]
         chosen += [order[positive][: args.positives], order[~positive][: args.negatives]]
     return torch.cat(chosen)
@@ -297,8 +298,8 @@ def utility_step(model, store, chosen, args):
 
 def gradient(model, store, chosen, args):
     """Gives every process the gradient of the whole step; the step's loss and statistics."""
-    process, tokens = PartialState(), sum(len(store.ids[i]) for i in chosen)
-    one_pass = tokens <= args.budget * process.num_processes
+    process = PartialState()
+    one_pass = store.size[chosen].sum().item() <= args.budget * process.num_processes
     with torch.set_grad_enabled(one_pass):
         nll, places, local = shared_phi(model, store, chosen, args)
     nll.requires_grad_()
@@ -308,8 +309,8 @@ def gradient(model, store, chosen, args):
     if one_pass:
         local.backward(share)
     else:
-        sizes = torch.tensor([len(store.ids[i]) for i in chosen[places]])
-        number = sizes.cumsum(0) // args.budget  # of the part that a sequence is in
+        # of the part that a sequence is in
+        number = store.size[chosen[places]].cumsum(0) // args.budget
         for part in (number == k for k in number.unique()):
             phi(model, store, chosen[places[part]], args).backward(share[part.to(share.device)])
     loss = loss.item()
@@ -334,7 +335,7 @@ def train_step(model, optimizer, store, args, step):
     optimizer.step()
     optimizer.zero_grad()
     row = {"step": step, "split": "train", "loss": loss, **stats, "grad_norm": norm}
-    row["tokens"] = sum(len(store.ids[i]) for i in chosen)
+    row["tokens"] = store.size[chosen].sum().item()
     row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - began)
     memory = psutil.Process().memory_info().rss
     if model.device.type != "cpu":
@@ -398,8 +399,7 @@ def with_lora(base, args):
     torch.manual_seed(args.seed)
     model = get_peft_model(base, lora_config(args))
     if args.checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable()
     for module in model.modules():
         # no dropout, which would differ between passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)

@@ -628,13 +628,13 @@ def draw(f, judge, out):
 
 LEGEND = """\
 A cell: mean [95% interval] ±spread over training seeds where there are several; below it the change
-to the base. Intervals: 1.96 standard errors over n prompts or items, changes paired; 0 or n in n
-are bounded by 3/n. By each judge: toxic (of a judge PATH#LABEL: LABEL), score of at least the
-threshold; unsafe, toxic or failed; max and any, expected maximum score and prompts with any toxic
-output; joint, mean of (not toxic) x similarity to the input x (not failed). clean: similarity to
-the input without its toxic words. failed, and why: empty, copy, ... fluency, other: nll of outputs,
-alone, under the base and under --fluency. named: the group is still named. nll: nats per token of
-the texts themselves, log of their perplexity: +0.01 is +1%."""
+to the base. Intervals: 1.96 standard errors over n prompts or items (in the table the most of a
+row), changes paired; 0 or n in n are bounded by 3/n. By each judge: toxic (of a judge PATH#LABEL:
+LABEL), score of at least the threshold; unsafe, toxic or failed; max and any, expected maximum
+score and prompts with any toxic output; joint, mean of (not toxic) x similarity to the input x (not
+failed). clean: similarity to the input without its toxic words. failed, and why: empty, copy, ...
+fluency, other: nll of outputs, alone, under the base and under --fluency. named: the group is still
+named. nll: nats per token of the texts themselves, log of their perplexity: +0.01 is +1%."""
 
 
 def write_record(f, checks, args):

@@ -145,7 +145,7 @@ def random_negatives(store) -> None:
                 store.ids[j][store.start[j] :],
             )
             ids[i] = torch.cat([context, words])
-    store.ids = ids
+    store.ids, store.size = ids, torch.tensor([*map(len, ids)])
 
 
 # Training and evaluation
