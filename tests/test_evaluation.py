@@ -522,7 +522,7 @@ def test_failures_are_never_clean(module):
 
 def test_what_people_say_is_not_garbled(module, tmp_path):
     """By the real model: short sentences; neutral ones' words in any order mostly are. And no
-    continuation is unrelated."""
+    continuation is unrelated, and no judge is asked about an empty output."""
     people = "Dogs bark.|She sang.|I was late.|Who did it?|They laughed at us.|Where is my hat?"
     people += "|You squeezed her|The speaker criticized white supremacy"
     people, chance = people.split("|"), random.Random(0)
@@ -531,17 +531,19 @@ def test_what_people_say_is_not_garbled(module, tmp_path):
         " ".join(chance.sample(x.split(), len(x.split()))) for x in plain[60:90]
     ]
     encoder = Namespace(encode=lambda texts, **_: np.zeros((len(texts), 1)))
-    outputs = pd.DataFrame({"output": people + salad, "input": "A text."})
-    outputs["protocol"] = ["rewrite", "continue"] * 4 + ["rewrite"] * 30
+    outputs = pd.DataFrame({"output": [*people, *salad, ""], "input": "A text."})
+    outputs["protocol"] = ["rewrite", "continue"] * 4 + ["rewrite"] * 31
+    judges = {"a": lambda texts: np.array([1 / len(text) for text in texts])}
     args = Namespace(batch_size=64, seed=0, out=tmp_path)
     (tmp_path / "kept").mkdir()
     lm = load_model(str(REAL), "cpu", dtype="float32")
     bounds = module.score(
-        outputs, lm, None, encoder, {}, plain[:60], "weights", args
+        outputs, lm, None, encoder, judges, plain[:60], "weights", args
     )
     failure = outputs.failure.fillna("none")
     assert failure[:8].tolist() == ["unrelated", "none"] * 4
     assert (failure[8:] == "garbled").mean() > 0.5
+    assert failure.iat[-1] == "empty" and outputs["toxicity@a"].iat[-1] == 0
     whole = module.nats(args, "weights", *lm, plain[:60])
     assert bounds[-1] == pytest.approx(np.percentile(whole, 99))
     assert len(bounds) == 4 and bounds[0] > bounds[-1] + 1
@@ -797,7 +799,7 @@ def test_judges(module, classifier, capsys):
     assert (judge(["You stupid idiot!", long]) > 0.5).all()
 
     one, other = (
-        module.load_judge(f"{classifier}{label}", "cpu")(["a b", "c"])
+        module.load_judge(f"{classifier}{label}", "cpu")(["a b", "c " * 900])
         for label in ("", "#non-toxic")
     )
     assert one + other == pytest.approx(np.ones(2), abs=1e-4)
