@@ -346,10 +346,11 @@ def generate(model, tokenizer, temperature, stop, batch):
         ids = torch.cat([ids, nucleus(logits[:, -1], temperature)], 1)
         texts = tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
         said |= zip(rows, texts)
+        last = ids[:, -1].tolist()  # at once: a GPU is waited for
         on = [
             i
             for i, row in enumerate(rows)
-            if ids[i, -1].item() not in special
+            if last[i] not in special
             and not (stop and stop in texts[i])
             and ids.shape[1] - width < batch[row][1]
         ]
