@@ -159,7 +159,9 @@ def sequence_nll(token_nll: Tensor, sequence: Tensor, num_sequences: int) -> Ten
     its phi is undefined; torch.compile leaves this check out."""
     if token_nll.shape != sequence.shape:
         raise ValueError("token_nll and sequence must be (T,)")
-    return _mean(token_nll, sequence >= 0, sequence, num_sequences, "each sequence needs a token")
+    return _mean(
+        _up(token_nll), sequence >= 0, sequence, num_sequences, "each sequence needs a token"
+    )
 
 
 def _mean(x, member, group, num_groups, fault):

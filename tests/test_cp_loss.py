@@ -272,6 +272,8 @@ def test_sequence_nll_is_a_mean_and_refuses_an_empty_sequence():
     for wrong in (3, 1):
         with pytest.raises(ValueError, match="needs a token"):
             sequence_nll(nll, sequence, wrong)
+    many = torch.full((600,), 3.0, dtype=torch.bfloat16)  # which counts to 256
+    assert sequence_nll(many, torch.zeros(600).long(), 1).tolist() == [3.0]
 
 
 def loop_loss(nll, positive, anchor, prototype, alpha, tau, phi, distance):
