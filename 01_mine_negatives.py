@@ -75,6 +75,11 @@ class Number(float):
         return float(text)
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 class Options(Tap):
     preset: Literal["paper", "toxic"] | None = None  # paper's; or for toxic seeds
     # files
@@ -112,8 +117,8 @@ class Options(Tap):
     keep_positives: Count = 5  # paper: |P| up to 5
     keep_negatives: Count = 8  # paper: |N| up to 8
 
-    def error(self, message):
-        fail(message)
+
+Options.error = staticmethod(fail)
 
 
 def options():
@@ -131,11 +136,6 @@ def options():
         fail("--generator: give URL#NAME; its key belongs in OPENAI_API_KEY")
     args.answers = args.out.with_suffix(".answers")
     return args
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
@@ -262,8 +262,8 @@ PROMPTS = {
 }
 FAULTS = {
     "repetition": r"\b(\w{4,})\b(.*\b\1\b){2}",
-    "refusal": r"\b(i'?m sorry|i cannot|i can'?t (help|assist)|as an ai|language model)\b",
-    "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|https?://",
+    "refusal": r"\b(i['’]?m sorry|i cannot|i can['’]?t (help|assist)|as an ai|language model)\b",
+    "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|###|https?://",
 }
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
 # rouge_score's own drops letters beyond a to z
@@ -307,7 +307,7 @@ def read_source(spec, whole):
     try:
         if spec.startswith("datasets:"):
             _, name, split, column = spec.split(":")
-            lines = datasets.load_dataset(name, split=split)[column]
+            lines = datasets.load_dataset(name, split=split).flatten()[column]
         elif path.suffix in ("", ".txt", ".jsonl"):
             lines = path.read_text("utf-8-sig").rstrip("\n").split("\n")
         else:
@@ -322,7 +322,7 @@ def read_source(spec, whole):
             yield {
                 "id": f"{path.stem}:{n}.{k}",
                 "group": toxigen and toxigen[1],
-                "text": text.strip("- ").strip(),
+                "text": text.strip("- ").strip().replace("\n", " "),
             }
 
 
@@ -378,7 +378,8 @@ def make_prompts(kind, texts, turn, args):
 
 
 def first_line(text):
-    return text.strip().partition("\n")[0].strip(' "')
+    line = text.strip().partition("\n")[0].strip()
+    return re.sub('^"([^"]*)"$', r"\1", line)  # all of it in quotation marks
 
 
 @cache
@@ -411,8 +412,7 @@ class LocalGenerator:
         self.model, self.tokenizer, self.args = model, tokenizer, args
         AttentionInterface.register("shared_prefix", self.attend)
         AttentionMaskInterface.register("shared_prefix", eager_mask)
-        vocabulary = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        stop = [i for i, token in enumerate(vocabulary) if "\n" in token]
+        stop = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode(i)]
         self.stop = torch.tensor([*stop, tokenizer.eos_token_id], device=model.device)
 
     def attend(self, module, query, key, value, mask, scaling, softcap=None, **_):
@@ -472,7 +472,7 @@ class LocalGenerator:
         prefix = os.path.commonprefix([x[:-1] for x in ids])
         usual = self.model.config._attn_implementation
         most = max(map(len, ids)) + limit
-        window = getattr(self.model.config, "sliding_window", None) or most
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None) or most
         if window < most or not self.model._can_set_attn_implementation():
             prefix = []  # such attention knows no prefix
         self.prefix = DynamicCache()
@@ -535,7 +535,7 @@ def load_judge(name, device):
     """texts -> toxicity in [0, 1]: a classifier's score of the label named, or of "toxic"."""
     if name == "profanity-check":
         return predict_prob
-    path, label = [*name.split("#"), "toxic"][:2]
+    path, label = f"{name}#toxic".split("#")[:2]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True
     )
@@ -592,13 +592,13 @@ def score(drawn, kind, scorers, args):
 
 def reason(candidate, args):
     """The rule that a candidate falls to. It must be no copy, repetition, refusal or leftover of
-    the prompt, near the seed in length, on its side of the judge, and near the seed in meaning. A
-    toxic seed is itself a negative."""
+    the prompt (which the paper's preset lets pass), near the seed in length, on its side of the
+    judge, and near the seed in meaning. A toxic seed is itself a negative."""
     positive, toxicity = candidate["kind"] == "positive", candidate["toxicity"]
     if candidate["overlap"] >= (args.distinct if positive else 1):
         return None if args.preset == "toxic" and not positive else "copy"
     for rule, pattern in FAULTS.items():
-        if re.search(pattern, candidate["text"], re.I):
+        if args.preset != "paper" and re.search(pattern, candidate["text"], re.I):
             return rule
     if not 1 / args.length <= candidate["length_ratio"] <= args.length:
         return "length"
@@ -636,8 +636,9 @@ def select(line, args):
     pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in ENOUGH}
     line["positives"] = pick(pools["positive"], args.keep_positives, args)
     nll = [c["nll"] for c in line["positives"]]
-    for c in (c for c in pools["negative"] if nll and "nll" in c):
-        c["nll_distance"] = round(abs(c["nll"] - sum(nll) / len(nll)), 4)
+    for c in pools["negative"]:
+        if nll and "nll" in c:
+            c["nll_distance"] = round(abs(c["nll"] - sum(nll) / len(nll)), 4)
     line["negatives"] = pick(pools["negative"], args.keep_negatives, args)
     line["rejected"] = [c for c in candidates if c["rule"] != "kept"]
 
@@ -678,10 +679,9 @@ def mine(seeds, done, args):
     try:
         args.dtype = args.dtype or best_dtype(args.device)
         print(f"device {args.device}, dtype {args.dtype}")
-        judge = load_judge(args.judge, args.device)
         encoder = SentenceTransformer(args.encoder, device=args.device)
         target = load_model(args.model, args.device, dtype=args.dtype)
-        scorers = *target, encoder, judge
+        scorers = *target, encoder, load_judge(args.judge, args.device)
         if args.generator.startswith("http"):
             generate = server_generator(args)
         else:
@@ -702,7 +702,7 @@ def mine(seeds, done, args):
 
 def summarise(args):
     """Rates over the whole file, and the candidates' mean scores by kind and rule."""
-    lines = [json.loads(line) for line in args.out.open(encoding="utf-8")]
+    lines = [json.loads(line) for line in args.out.open("rb")]
     candidates = [c for x in lines for c in x["positives"] + x["negatives"] + x["rejected"]]
     groups = pd.DataFrame(candidates).groupby(["kind", "rule"])
     means = groups.mean(numeric_only=True).assign(n=groups.size())
@@ -732,12 +732,12 @@ def main():
         except openai.OpenAIError as err:
             # its text may hold the key
             fail(f"{args.generator}: {type(err).__name__}: the same command continues")
+    beside = args.out.with_name("mining" + args.out.stem.removeprefix("mined") + ".json")
     record = {
         "options": args.as_dict(),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
         **summarise(args),
     }
-    beside = args.out.with_name(args.out.stem.replace("mined", "mining") + ".json")
     beside.write_text(json.dumps(record, indent=1, default=str, sort_keys=True))
 
 
@@ -747,8 +747,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, torch.OutOfMemoryError) as err:
+    except (IndexError, OSError, torch.OutOfMemoryError) as err:
         fail(
             f"{err}: once that is mended (a lock: another run holds it; memory: a lower "
-            "--batch-size) the same command continues"
+            "--batch-size; an index: shorter texts) the same command continues"
         )

@@ -104,6 +104,15 @@ def test_formats_of_seeds(mining, options, tmp_path):
     assert both == [("g", "A seed."), (None, "From a data set.")]
 
 
+def test_columns_within_columns(mining, options, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"prompt": {"text": "Two\nlines."}}])
+    prompt = f"datasets:{tmp_path}:train:prompt"
+    (seed,) = mining.read_seeds(options("--seeds", f"{prompt}.text"))
+    assert seed["text"] == "Two lines."
+    with pytest.raises(SystemExit):  # all of a row's fields
+        mining.read_seeds(options("--seeds", prompt))
+
+
 def test_groups_that_the_official_code_leaves_out(
     mining, options, tmp_path, capsys
 ):
@@ -267,8 +276,11 @@ def test_paper_preset_takes_the_best_by_rouge(mining, options):
         made = entry(mining, "negative", f"word {i}", 0.0, 0.0, 1.0)
         pool.append(made | {"overlap": i / 10})
     line = {"text": "A seed.", "positives": [], "negatives": [], "rejected": pool}
+    pool.append(
+        made | {"text": "She, she and herself: herself, herself", "overlap": 0.5}
+    )
     mining.select(line, args)
-    assert [c["overlap"] for c in line["negatives"]] == [0.9, 0.7, 0.3]
+    assert [c["overlap"] for c in line["negatives"]] == [0.9, 0.7, 0.5]
     prompt = (
         "### HUMAN: Paraphrase the following sentence in a very toxic way. make "
     )
@@ -318,13 +330,14 @@ def test_examples_of_another_attribute(
     )
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
     how = ["--seeds", seeds, "--model", tiny, "--run", tmp_path, "--examples", path]
+    how += ["--out", path.with_suffix(".jsonl")]  # whose record must go elsewhere
     end = "Formal: {}\nInformal:"
     texts = {"positive": "Formal: So.\nAgain: {yes}\n\n" + end, "negative": end}
     path.write_text(json.dumps(texts))
     assert stage("01", *how, "--rounds", 1, "--insert", 0) == 0
     end = end.replace("{}", SEEDS[0]["text"])
     assert asked == ["Formal: So.\nAgain: {yes}\n\n" + end, end]
-    text = (tmp_path / "mining.json").read_text()
+    text = (tmp_path / "miningformal.json").read_text()
     record = json.loads(text, parse_constant=pytest.fail)  # NaN is no JSON
     assert record["options"]["prompts"] == texts
     path.write_text(json.dumps(texts | {"positive": texts["negative"]}))
@@ -476,6 +489,19 @@ def test_unusual_attention_sees_the_examples(mining, options, kind):
         assert torch.allclose(logits, want, atol=1e-5), (logits - want).abs().max()
 
 
+@pytest.mark.parametrize(
+    "said, line",
+    [
+        (' "He left early." \nSentence:', "He left early."),
+        ('\nShe said, "He left."', 'She said, "He left."'),
+        ('"He left," she said.', '"He left," she said.'),
+        ('"He left," she said, "early."', '"He left," she said, "early."'),
+    ],
+)
+def test_a_lines_own_quotation_marks_stay(mining, said, line):
+    assert mining.first_line(said) == line
+
+
 def test_toxic_words_are_inserted(mining):
     """Words that the judge minds, common ones oftener, in the gaps; nothing else changes."""
     tokenizer = AutoTokenizer.from_pretrained(REAL)
@@ -537,6 +563,7 @@ def test_a_run_and_its_summary(whole):
     assert all(c["nll"] > 0 and c["rule"] == "kept" for c in kept)
 
     summary = json.loads((whole.parent / "mining.json").read_text())
+    assert "error" not in summary["options"] and summary["options"]["chunk"] == 4
     assert summary["anchors"] == 10
     assert summary["both"] == sum(p > 0 and n > 0 for p, n in sizes)
     rules = Counter((c["kind"], c["rule"]) for c in candidates(whole))
