@@ -56,6 +56,11 @@ class Rate(float):
         return float(text)
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 class Options(Tap):
     run: Path = Path("runs/default")  # folder of this run
     mined: list[Path] | None = None  # instead of RUN/mined*.jsonl; .tsv: toxic and clean texts
@@ -75,8 +80,8 @@ class Options(Tap):
     dtype: Literal["bfloat16", "float32", "nf4"] | None = None
     """of the base, in stages 03 and 04 too; default: the faster (paper: 4 bits)"""
 
-    def error(self, message):
-        fail(message)
+
+Options.error = staticmethod(fail)
 
 
 def options():
@@ -93,11 +98,6 @@ def options():
     if args.out.suffix != ".safetensors":
         fail(f"--out {args.out}: give a .safetensors file")
     return args
-
-
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
@@ -131,13 +131,13 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
 }
 
 
-class Candidate(BaseModel, strict=True, allow_inf_nan=False):
+class Candidate(BaseModel, strict=True, allow_inf_nan=False, str_strip_whitespace=True):
     text: str = Field(min_length=1)
     similarity: float = 1.0
     overlap: float = 1.0
 
 
-class Mined(BaseModel, strict=True):
+class Mined(BaseModel, strict=True, str_strip_whitespace=True):
     id: str | int
     text: str = Field(min_length=1)
     positives: list[Candidate]
@@ -265,7 +265,8 @@ def write(store, metadata, path):
 def main():
     args = options()
     lines = read_mined(args.mined)
-    anchors = [a for i, line in enumerate(lines) for a in make_anchors(i, line, args)]
+    number = {line.text: i for i, line in enumerate(lines)}  # a text's lines are held out together
+    anchors = [a for line in lines for a in make_anchors(number[line.text], line, args)]
     if not anchors:
         fail(
             f"--mined {' '.join(map(str, args.mined))}, --context {' '.join(args.context)}: "
@@ -315,5 +316,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, torch.OutOfMemoryError) as err:
-        fail(f"{err}: make room; out of memory: lower --max-tokens")
+    except (IndexError, OSError, torch.OutOfMemoryError) as err:
+        fail(f"{err}: make room; out of memory: lower --max-tokens; an index: shorter texts")

@@ -11,7 +11,12 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from conftest import ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import fingerprint, model_nll
@@ -159,6 +164,41 @@ def test_own_pairs_start_here(stage, tiny, tmp_path, capsys):
     assert torch.bincount(store["anchor"]).tolist() == [2] * 20
     assert stage("03", *run, "--steps", 2, "--anchors", 2) == 0
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def test_a_texts_lines_are_held_out_together(stage, tiny, tmp_path):
+    rows = [
+        f"The dumb fool {i % 5} left.\tThe man {i % 5} left {i}." for i in range(20)
+    ]
+    spaced = "\n".join(row.replace("\t", " \t ") for row in rows)
+    stores = []
+    for name, text in (("plain", "\n".join(rows)), ("spaced", spaced)):
+        pairs = tmp_path / f"{name}.tsv"
+        pairs.write_text(text)
+        given = ["--run", tmp_path, "--mined", pairs, "--model", tiny]
+        assert stage("02", *given, "--validation", 0.3) == 0
+        stores.append(load_file(tmp_path / "prototypes.safetensors"))
+    assert sequences(stores[0]) == sequences(stores[1])
+    store = stores[0]
+    assert len(store["seed"].unique()) == 5
+    held = store["seed"][store["held_out"]].unique()
+    assert len(held) == 2 and torch.equal(
+        torch.isin(store["seed"], held), store["held_out"]
+    )
+
+
+def test_a_text_beyond_a_models_positions_ends_with_a_line(tiny, tmp_path):
+    config = GPT2Config(
+        vocab_size=49152, n_embd=32, n_layer=1, n_head=2, n_positions=32
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.tsv").write_text(f"{'dumb ' * 40}\t{'kind ' * 40}")
+    script, given = ROOT / "02_build_prototypes.py", ["--mined", "pairs.tsv"]
+    task = [sys.executable, script, *given, "--model", "model", "--run", "."]
+    done = subprocess.run(task, cwd=tmp_path, capture_output=True, text=True)
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and "shorter" in errors[0]
 
 
 def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
