@@ -25,6 +25,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import signal
 import sys
 import time
@@ -89,6 +90,11 @@ class Weight(float):
         return float(text)
 
 
+def fail(message):
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
+    raise SystemExit(2)
+
+
 class Options(Tap):
     preset: Literal["paper"] | None = None  # its settings; options still override them
     run: Path = Path("runs/default")  # folder of this run
@@ -98,7 +104,7 @@ class Options(Tap):
     phi: Literal["nll", "perplexity"] = "nll"  # paper: perplexity
     distance: Literal["absolute", "signed"] = "signed"  # paper: absolute
     prototype: Literal["batch", "base"] = "batch"
-    """mean phi of the drawn positives (paper), or the base model's"""
+    """mean phi of the drawn positives (paper), or the base's: of perplexities the geometric"""
     alpha: Weight = 10.0  # of negatives; higher: cleaner, less similar (paper: 1.0, 1.1)
     tau: Weight = 1.0  # small: only near negatives count (ours)
     hold: Weight = 1.2  # of the positives' level, see `objective`; 0: they drift away (ours)
@@ -117,8 +123,8 @@ class Options(Tap):
     seed: Whole = 0  # of anchors, draws and LoRA
     device: str | None = None  # auto: layers over all devices
 
-    def error(self, message):
-        fail(message)
+
+Options.error = staticmethod(fail)
 
 
 def options():
@@ -133,15 +139,12 @@ def options():
     return args
 
 
-def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
-    raise SystemExit(2)
-
-
 if __name__ == "__main__":
     options()  # slips and --help need not wait for what follows
 
 logging.disable(logging.WARNING)  # libraries', of what we don't use
+logging.captureWarnings(True)
+os.environ["MPLBACKEND"] = "agg"  # a notebook names its own
 
 import pandas as pd
 import psutil
@@ -284,7 +287,8 @@ def utility_step(model, store, chosen, args):
     step's neutral sentences as running text, about 120 tokens."""
     some = chosen[store.is_positive[chosen]][:6]
     texts = [store.ids[i][store.start[i] :] for i in some]
-    ids = torch.cat([store.input_ids[:1], *texts])[None].to(model.device)  # (1, T), after a BOS
+    ids = torch.cat([store.input_ids[:1], *texts])[None, :512]  # (1, T), a BOS first
+    ids = ids.to(model.device)
     with autocast(model):
         model.base_model.disable_adapter_layers()  # model.disable_adapter() first inspects them all
         with torch.no_grad():
@@ -339,7 +343,7 @@ def train_step(model, optimizer, store, args, step):
     row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - began)
     memory = psutil.Process().memory_info().rss
     if model.device.type != "cpu":
-        memory = torch.accelerator.max_memory_allocated()
+        memory = torch.accelerator.max_memory_allocated(model.device)
     row["memory_gb"] = memory / 1e9
     return row
 
@@ -374,11 +378,7 @@ def draw_phi(nll, store, path):
     table = pd.DataFrame({"base": store.nll - c, "tuned": nll - c, "set": sets})
     held = table[store.held_out[store.anchor].numpy()]
     axes = held.plot.hist(
-        by="set",
-        bins=40,
-        histtype="step",
-        xlabel="phi less prototype, nats a token",
-        sharex=True,
+        by="set", bins=40, histtype="step", xlabel="phi less prototype, nats a token", sharex=True
     )
     axes[0].figure.savefig(path)
 
@@ -400,11 +400,11 @@ def with_lora(base, args):
     model = get_peft_model(base, lora_config(args))
     if args.checkpointing:
         model.gradient_checkpointing_enable()
-    for module in model.modules():
+    for module in [model.config, *model.modules()]:
         # no dropout, which would differ between passes; layers recompute in training mode only
         module.training = isinstance(module, GradientCheckpointingLayer)
         for name in vars(module):
-            if "dropout" in name:  # of layers that call it as a function
+            if "dropout" in name:  # which some call as a function
                 setattr(module, name, 0.0)
         module.cast_input_dtype_enabled = False  # peft's casts to float32 are slow; see `autocast`
     return model
@@ -425,16 +425,18 @@ def resume(folder, args, record):
     """The last saved state of this very run, or a first one."""
     path = folder / "state.pt"
     state = {"step": 0, "rows": [], "best": math.inf, "record": record}
-    if args.out.exists() and not path.exists():
-        fail(f"{args.out} exists, and not by a run in {folder}: give another --out")
     try:
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception:  # torch has many kinds for a torn file
         print(f"{path} is torn: from the start", file=sys.stderr)
+    if args.out.exists() and not state["step"]:
+        fail(f"{args.out} exists, without a whole state in {folder}: give another --out")
     other = [k for k in record if state["record"].get(k) != record[k]]
     if other:
-        fail(f"{folder} holds a run of other {', '.join(other)}: remove it, or give another --out")
+        fail(f"{args.out}, {folder}: other {', '.join(other)}: remove both, or give another --out")
     return state
 
 
@@ -445,6 +447,8 @@ def set_up(meta, folder, args):
     record = {k: str(getattr(args, k)) for k in args.class_variables if k not in FREE}
     record["prototypes"] = meta
     state = resume(folder, args, record)
+    if reduce(torch.tensor(state["step"], device=process.device), "max") > state["step"]:
+        fail(f"{folder}: lacks the state that another process has: share the folder")
     try:
         base, tokenizer = load_model(meta["model"], args.device, **json.loads(meta["load"]))
     except ValueError as err:
@@ -528,10 +532,7 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print(
-            "interrupted: the state is saved, the same command continues",
-            file=sys.stderr,
-        )
+        print("interrupted: the last state is kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     except (OSError, torch.OutOfMemoryError) as err:  # a full disk, mostly
         fail(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    FalconConfig,
     GPT2Config,
     OPTConfig,
 )
@@ -244,6 +245,21 @@ def test_utility_is_the_divergence_from_the_base(stage, trained, tiny):
         assert (w.grad - g).norm() <= 1e-3 * g.norm() + 1e-7
 
 
+def test_utility_is_of_few_tokens(stage, trained, tiny):
+    """Six paragraphs would be more than a model has learned positions for."""
+    module = stage.module("03")
+    args = stage.options("03", "--run", trained)
+    store, _ = module.read_store(args)
+    store.ids = [x.repeat(30) for x in store.ids]
+    chosen = module.draw(store, torch.arange(0, 4), args, module.generator(0))
+    model, widths = lora(tiny), []
+    model.get_input_embeddings().register_forward_hook(
+        lambda *given: widths.append(given[-1].shape[1])
+    )
+    module.utility_step(model, store, chosen, args)
+    assert widths == [512, 512]
+
+
 def test_bfloat16_points_where_float32_does(stage, trained, tiny):
     """Over a bfloat16 base LoRA computes in bfloat16, with weights and gradients in float32."""
     module, grads = stage.module("03"), []
@@ -462,6 +478,48 @@ def test_a_torn_state_is_ignored(stage, trained, tmp_path):
         assert [r["step"] for r in metrics(run, "train")] == list(range(1, 7))
 
 
+def test_a_finished_adapter_whose_state_is_torn_stays(
+    stage, trained, tmp_path, capsys
+):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "adapter.training/state.pt").write_bytes(b"junk")
+    status = stage("03", "--run", run, *TRAINED, "--lr", 1e-3)
+    refused(capsys, status, "without a whole state", "--out")
+    assert close(adapter(trained), adapter(run))
+    assert metrics(run, "train") == metrics(trained, "train")
+
+
+def test_a_notebooks_way_to_draw_does_not_matter(fresh):
+    environ = os.environ | {"MPLBACKEND": "module://of_a_notebook"}
+    task = command(fresh, "--steps", 1, *OPTIONS[2:])
+    done = subprocess.run(task, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (fresh / "adapter.training/phi.png").exists()
+    assert "Warning" not in done.stderr
+
+
+def test_processes_resume_from_one_state(fresh, tmp_path):
+    """Each of two machines has its own folder, of which the first alone holds a state."""
+    assert subprocess.run(command(fresh, *OPTIONS)).returncode == 0
+    shutil.rmtree(fresh / "adapter")
+    other = shutil.copytree(fresh, tmp_path / "other")
+    shutil.rmtree(other / "adapter.training")
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29521", "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            command(run, *OPTIONS),
+            env=os.environ | place | {"RANK": r, "LOCAL_RANK": r},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r, run in (("0", fresh), ("1", other))
+    ]
+    _, second = ranks
+    assert "share the folder" in second.communicate(timeout=60)[1]
+    ranks[0].kill()
+    assert second.returncode == 2
+
+
 def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
     """The same run, elsewhere and in less memory, has nothing left to do; another is refused."""
     run = shutil.copytree(trained, tmp_path / "moved")
@@ -486,7 +544,10 @@ def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
     meta["tensors"] = fingerprint(store.items())
     save_file(store, run / "prototypes.safetensors", meta)
     refused(
-        capsys, stage("03", "--run", run, *TRAINED), "other prototypes", "remove it"
+        capsys,
+        stage("03", "--run", run, *TRAINED),
+        "other prototypes",
+        "remove both",
     )
     after = contents()
     assert all(
@@ -548,7 +609,18 @@ OPT = OPTConfig(
 )
 
 
-@pytest.mark.parametrize("config", [GPT2, OPT])  # as modules; by a function
+FALCON = FalconConfig(
+    vocab_size=49152,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    hidden_dropout=0.5,
+    attention_dropout=0.5,
+)
+
+
+# as modules; by a function, of a module's own number and of the config's
+@pytest.mark.parametrize("config", [GPT2, OPT, FALCON])
 def test_a_base_with_dropout(stage, tiny, tmp_path, config):
     """None in training: else the passes of a step would see different models, and a resumed run
     other draws."""
