@@ -59,6 +59,11 @@ class Pair:
         return pair
 
 
+def fail(message):
+    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
+    raise SystemExit(2)
+
+
 class Options(Tap):
     run: Path = Path("runs/default")  # folder of this run
     adapter: list[Pair] | None = None
@@ -84,8 +89,8 @@ class Options(Tap):
     batch_size: int = 64  # answers at once; GPU: more
     seed: int = 0  # of sampling
 
-    def error(self, message):
-        fail(message)
+
+Options.error = staticmethod(fail)
 
 
 def options():
@@ -100,10 +105,7 @@ def options():
     names = ["n", "base", "deleted", "prompted", *dict(args.adapter)]
     names += [name for name, _ in args.outputs + args.server] + [Path(x).name for x in args.judge]
     if len(set(names)) < len(names) or not (args.adapter and args.judge):
-        fail(
-            "--adapter, --outputs, --server, --judge: give some, with names of their own: "
-            f"{' '.join(names)}"
-        )
+        fail(f"--adapter, --judge: give some; all need names of their own: {' '.join(names)}")
     if not all(re.fullmatch("http[^#@]+#[^#]+", url) for _, url in args.server):
         fail("--server: give NAME=URL#MODEL; its key belongs in OPENAI_API_KEY")
     if (
@@ -118,16 +120,12 @@ def options():
     return args
 
 
-def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
-    raise SystemExit(2)
-
-
 if __name__ == "__main__":
     options()  # slips and --help need not wait for what follows
 
 logging.disable(logging.WARNING)  # libraries', of what we don't use
 logging.captureWarnings(True)
+os.environ["MPLBACKEND"] = "agg"  # a notebook names its own
 
 import lm_eval
 import numpy as np
@@ -690,8 +688,7 @@ def load(args):
                 or model.peft_config[own].layer_replication
             ):
                 raise ValueError(
-                    f"no plain LoRA of {meta['model']}, or of other weights of it than stage 02 saw"
-                    ", or it changes them"
+                    f"no plain LoRA of {meta['model']}, or of other weights of it, or changes them"
                 )
             check_model(model)
     print(f"device {args.device}, dtype {model.dtype}")
@@ -763,8 +760,7 @@ def main():
     parts = [
         f"# Evaluation\n\n{summary}",
         LEGEND,
-        "Garbled: under the base, with up to five words, seven, nine, or more, over "
-        f"{bounds.round(1).tolist()} nats a token.",
+        f"Garbled: of up to 5, 7, 9, or more words, of a fluency over {bounds.round(1)}.",
         "![toxicity against similarity](rewrites.png)",
         "## Judges\n\nShare of texts that each calls toxic; the first judge mined, too. "
         "(!): one that calls over a tenth of neutral or benign texts toxic.",

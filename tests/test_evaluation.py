@@ -233,7 +233,7 @@ def test_a_report_has_every_protocol_and_file(report):
         assert {"value", "low", "high", "se", "n"} <= set(f)
         assert f["low"] <= f["value"] <= f["high"] and f["low"] < f["high"]
     text = (report / "report.md").read_text()
-    for part in ("toxic words cut", "![toxicity against", "Garbled: under"):
+    for part in ("toxic words cut", "![toxicity against", "Garbled: of up to 5"):
         assert part in text
     assert "idiot" not in text and "\\*\\*\\*" in text
     assert (report / "rewrites.png").stat().st_size > 3000
