@@ -15,8 +15,8 @@ reads   runs/default/mined*.jsonl; or own pairs: --mined pairs.tsv, a toxic text
         line, with tabs between
 writes  runs/default/prototypes.safetensors  input_ids (tokens,), offsets (S + 1,), start (S,)
         where phi begins, anchor (S,) ascending, is_positive (S,), required (S,), nll (S,),
-        prototype (A,), seed (A,) the mined line, held_out (A,) lines for validation, context
-        (A,) 0 none, 1 seed, 2 toxic; metadata: format, model,
+        prototype (A,), seed (A,) the mined line, the last of its text, held_out (A,) for
+        validation, context (A,) 0 none, 1 seed, 2 toxic; metadata: format, model,
         load (from_pretrained's arguments, JSON), model's, tokenizer's and mined files' sha256,
         phi, prompt, tensors (their checksum)
 
