@@ -1,7 +1,7 @@
 """Recipes side by side: each trained on the same mined data with several seeds, all evaluated by
 stage 04, and drawn in the plane of toxic or failed rewrites against similarity.
 
-    make ablation                    # all recipes, three seeds, two at a time
+    make ablation                    # all recipes but rloo, three seeds, two at a time
     .venv/bin/python tests/bench_ablation.py --recipes ours dpo-1e-4 --seeds 1 -- --tasks
 
 reads   RUN/mined.jsonl and prototypes.safetensors
@@ -9,7 +9,7 @@ writes  RUN/ablation/RECIPE.SEED/adapter, RUN/ablation/report (stage 04's, of al
         RUN/ablation/results.jsonl (a line a recipe: every figure with interval, change, seeds),
         --figure; the table goes to stdout
 
-All recipes take stage 03's steps, LoRA, packing and, but where named, its anchors and draws. Peers'
+All recipes take stage 03's packing and, but where named, its steps, LoRA, anchors and draws. Peers'
 losses replace its objective. The last state is kept, not the one that our criterion likes. After
 arguments of its own and a `--` those of stage 04. What is trained and evaluated is not done again:
 remove RUN/ablation after stage 01 or 02. rloo needs TRL, see bench_rl.py.

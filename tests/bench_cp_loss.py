@@ -5,11 +5,12 @@
     .venv/bin/python tests/bench_cp_loss.py            # 6 minutes on 2 CPU cores
     .venv/bin/python tests/bench_cp_loss.py --head     # a head that trains
 
-On a CPU a shape has a process of its own (memory that another left in pieces costs a tenth); on a
-GPU bfloat16 alone is timed. The ways take turns, so that drift meets all alike; times are medians
-with their quartiles. `bound` is two bare matrix products into tensors that exist already. Memory is
-the peak above what was there before (on a CPU, resident pages). `error` is the gradient's distance
-from float64's, relative. `ours, compiled` is torch.compile(linear_nll) with chunks of 32,768.
+On a CPU a shape and dtype have a process of their own (memory that another left in pieces costs a
+tenth); on a GPU bfloat16 alone is timed. The ways take turns, so that drift meets all alike; times
+are medians with their quartiles. `bound` is two bare matrix products into tensors that exist
+already. Memory is the peak above what was there before (on a CPU, resident pages). `error` is the
+gradient's distance from float64's, relative. `ours, compiled` is torch.compile(linear_nll) with
+chunks of 32,768.
 """
 
 import ctypes

@@ -9,9 +9,10 @@ number of seeds.
 
 Useful tokens come before the newline that ends a rewrite (a continuation has no end but its limit);
 all else a way computes is waste. A --shape has random weights, which write no lines: there every
-16th token of the vocabulary ends one, and stage 04 only continues. Prompts, samples a prompt, limit
-and sampling are the same, turns alternate. `--server` adds transformers' continuous batching, which
-its server runs. For memory, generation and scores are a recorded stream.
+16th token of the vocabulary ends one, and stage 04 only continues. Turns alternate. In stage 01
+prompts, samples a prompt, limit and sampling are the same; in stage 04 ours alone has a BOS, a
+limit a row, and draws from the 1,000 likeliest tokens. `--server` adds transformers' continuous
+batching, which its server runs. For memory, generation and scores are a recorded stream.
 """
 
 import importlib.util
@@ -253,7 +254,15 @@ def memory_at(n: int) -> None:
                     "text": f"the cat sat on mat number {i}",
                 }
                 f.write(json.dumps(seed) + "\n")
-        sys.argv = ["01", "--seeds", f"{folder}/seeds.jsonl", "--run", folder]
+        sys.argv = [
+            "01",
+            "--seeds",
+            f"{folder}/seeds.jsonl",
+            "--run",
+            folder,
+            "--insert",
+            "0",
+        ]
         before = peak()
         mining.main()
         print(f"{n} seeds: peak {peak():.0f} MB, {before:.0f} MB before the first")
