@@ -688,7 +688,7 @@ def load(args):
                 or model.peft_config[own].layer_replication
             ):
                 raise ValueError(
-                    f"no plain LoRA of {meta['model']}, or of other weights of it, or changes them"
+                    f"no plain LoRA of {meta['model']}, of other weights of it, or it changes them"
                 )
             check_model(model)
     print(f"device {args.device}, dtype {model.dtype}")
