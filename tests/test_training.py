@@ -66,6 +66,13 @@ def command(run, *options) -> list[str]:
     ]
 
 
+def ranked(rank: str, port: str) -> dict:
+    """The environment of one of two processes."""
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    place |= {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+    return os.environ | place
+
+
 def started(run, *options, **how) -> subprocess.Popen:
     """A training that has just saved its first state."""
     state = run / "adapter.training/state.pt"
@@ -408,14 +415,13 @@ def test_two_processes_follow_one(stage, fresh, tmp_path):
 
 
 def test_one_process_told_to_stop_stops_all(fresh):
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29518", "WORLD_SIZE": "2"}
-    environ = os.environ | place | {"OMP_NUM_THREADS": "1"}
     options = ["--steps", 500, *OPTIONS[2:]]
-    ranks = [environ | {"RANK": r, "LOCAL_RANK": r} for r in "10"]
     second = subprocess.Popen(
-        command(fresh, *options), env=ranks[0], stderr=subprocess.DEVNULL
+        command(fresh, *options),
+        env=ranked("1", "29518"),
+        stderr=subprocess.DEVNULL,
     )
-    first = started(fresh, *options, env=ranks[1])
+    first = started(fresh, *options, env=ranked("0", "29518"))
     second.send_signal(signal.SIGTERM)
     assert first.wait(60) == second.wait(60) == 130, first.stderr.read()[-1000:]
     saved = torch.load(fresh / "adapter.training/state.pt", weights_only=True)[
@@ -504,20 +510,15 @@ def test_processes_resume_from_one_state(fresh, tmp_path):
     shutil.rmtree(fresh / "adapter")
     other = shutil.copytree(fresh, tmp_path / "other")
     shutil.rmtree(other / "adapter.training")
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29521", "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            command(run, *OPTIONS),
-            env=os.environ | place | {"RANK": r, "LOCAL_RANK": r},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r, run in (("0", fresh), ("1", other))
-    ]
-    _, second = ranks
-    assert "share the folder" in second.communicate(timeout=60)[1]
-    ranks[0].kill()
-    assert second.returncode == 2
+    how = {"stderr": subprocess.PIPE, "text": True}
+    first, second = (
+        subprocess.Popen(command(run, *OPTIONS), env=ranked(rank, "29521"), **how)
+        for rank, run in (("0", fresh), ("1", other))
+    )
+    said = second.communicate(timeout=60)[1]
+    first.kill()  # it waits for the second
+    first.communicate()
+    assert "share the folder" in said and second.returncode == 2
 
 
 def test_a_finished_run_is_not_lost(stage, trained, tmp_path, capsys):
