@@ -385,8 +385,9 @@ def first_line(text):
 @cache
 def toxic_words(judge, tokenizer):
     """Words of profanity-check's that the judge minds, one of few tokens, being common, up to nine
-    times."""
-    words = sorted(word for word in vectorizer.vocabulary_ if re.fullmatch("[a-z]{4,}", word))
+    times; not those by which people call themselves."""
+    plain = "(?!homosexual|queer)[a-z]{4,}"
+    words = sorted(word for word in vectorizer.vocabulary_ if re.fullmatch(plain, word))
     return [
         word
         for word, toxicity in zip(words, judge(words))

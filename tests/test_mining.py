@@ -507,6 +507,9 @@ def test_toxic_words_are_inserted(mining):
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     words = Counter(mining.toxic_words(mining.predict_prob, tokenizer))
     assert len(words) > 50 and min(mining.predict_prob([*words])) >= 0.9
+    # the judge minds these, too, but people call themselves so
+    names = ["homosexual", "queer", "queers"]
+    assert min(mining.predict_prob(names)) >= 0.9 and not words.keys() & set(names)
     size = {word: len(tokenizer.tokenize(f" {word}")) for word in words}
     assert {(size[word], n) for word, n in words.items()} == {
         (1, 9),
