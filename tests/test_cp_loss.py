@@ -297,6 +297,15 @@ def loop_loss(nll, positive, anchor, prototype, alpha, tau, phi, distance):
     return torch.stack(out)
 
 
+def test_a_perplexity_is_cut_where_it_would_overflow():
+    """At exp(30), and no earlier."""
+    sets = torch.tensor([True, False]), torch.zeros(2, dtype=torch.long)
+    loss, _ = cp_loss(torch.tensor([20.0, 25.0]), *sets, phi="perplexity")
+    assert loss.item() == 0
+    loss, _ = cp_loss(torch.tensor([40.0, 99.0]), *sets, phi="perplexity")
+    assert loss.item() == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("phi", ["nll", "perplexity"])
 @pytest.mark.parametrize("distance", ["absolute", "signed"])
 @pytest.mark.parametrize("given", [False, True])

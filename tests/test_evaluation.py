@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,14 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from filelock import FileLock
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig
 from transformers import BertForSequenceClassification as Classifier
 
 from conftest import REAL, ROOT, lines, refused, write_jsonl
-from cp_loss import load_model
+from cp_loss import encode, load_model, model_nll
 
 WORDS = ("lake", "town", "idea", "walk", "song", "tree")
 TOXIC = [{"text": f"You are a stupid idiot about the {w}."} for w in WORDS]
@@ -168,6 +169,37 @@ def test_another_fluency_model_scores_again(stage, command, tiny, tmp_path):
     assert (
         abs(figures(tmp_path)["rewrite/other"]["deleted"]["value"] - before) > 0.01
     )
+
+
+def test_figures_are_of_the_systems_named(report, trained, tiny):
+    """The base's of the model as plain transformers loads it, the tuned's as plain peft does."""
+    model, tokenizer = load_model(str(tiny), "cpu", dtype="float32")
+    ids = [encode(tokenizer, x["text"])[0] for x in TEXTS["neutral"][:5]]
+    for name in ("base", "tuned"):
+        with torch.no_grad():
+            want = model_nll(model, ids).mean().item()
+        got = figures(report)["neutral/nll"][name]["value"]
+        assert got == pytest.approx(want, abs=1e-4)
+        model = PeftModel.from_pretrained(model, trained / "adapter")
+    base, tuned = (
+        figures(report)["neutral/nll"][x]["value"] for x in ("base", "tuned")
+    )
+    assert abs(base - tuned) > 1e-3
+
+
+def test_an_adapter_trained_anew_is_measured_anew(
+    stage, command, trained, tmp_path
+):
+    """In the same place."""
+    folder = shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    given = ["--adapter", f"a={folder}", "--out", tmp_path / "report"]
+    assert stage(*command, *given) == 0
+    before = figures(tmp_path / "report")["neutral/nll"]["a"]["value"]
+    save_file({k: -3 * x for k, x in load_file(path).items()}, path)
+    assert stage(*command, *given) == 0
+    after = figures(tmp_path / "report")["neutral/nll"]["a"]["value"]
+    assert abs(after - before) > 1e-3
 
 
 def test_a_judge_that_cannot_pad_is_refused(
@@ -466,6 +498,7 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
         {"protocol": "rewrite", "input": text, "output": f"Rude number {i}."}
         for i, text in enumerate(texts)
     ]
+    rows[3]["output"] = ""  # then the input itself
     theirs = write_jsonl(tmp_path / "theirs.jsonl", rows)
     given = []
     generate = module.generate
@@ -477,7 +510,13 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
         assert stage(*command, *options) == 0
     finally:
         module.generate = generate
-    assert sum("Sentence: Rude number" in text for text in given) == 5
+    asked = Counter(given)
+    form = "Sentence: {}\nParaphrase:"
+    assert [asked[form.format(text)] for text in texts] == [2, 2, 2, 3, 2]
+    again = [asked[form.format(f"Rude number {i}.")] for i in range(5)]
+    assert again == [1, 1, 1, 0, 1]
+    politely = [x.rpartition("Rude: ")[2] for x in given if x.startswith("Rude: ")]
+    assert sorted(politely) == sorted(f"{text}\nPolite:" for text in texts)
     rows = lines(tmp_path / "generations.jsonl")
     rows = [row for row in rows if row["system"] == "tuned after theirs"]
     assert sorted(row["input"] for row in rows) == sorted(texts)
@@ -496,6 +535,10 @@ def test_failures_are_never_clean(module):
     assert kind("") == kind(" ...") == "empty"
     assert kind("Lake.") == "too short" and kind("Hi there.", text="Hello.") is None
     assert kind("you are you are you are you are") == kind("so " * 20) == "repeated"
+    assert kind("no no no no thanks") == "repeated"  # a loop, of few words
+    salad = "the cat and the dog and the cat or the dog and the cat"
+    assert kind(salad) == "repeated"  # few words, no loop
+    assert kind("He left.") == "too short"
     assert kind("der Mann geht langsam zum See hinunter heute") == "off-language"
     assert kind("старик медленно идёт") == "off-language"
     assert kind("“Nobody’s tired”, ‘he’ said…") is None  # no letter is foreign
@@ -548,6 +591,24 @@ def test_what_people_say_is_not_garbled(module, tmp_path):
     assert bounds[-1] == pytest.approx(np.percentile(whole, 99))
     assert len(bounds) == 4 and bounds[0] > bounds[-1] + 1
     assert (bounds <= np.log(len(lm[1]))).all()
+
+
+def test_similarity_is_to_the_input(module, tiny, tmp_path):
+    """clean: to the input less its toxic words; of paraphrases only."""
+
+    def encode(texts, **_):
+        return np.array([[1, 0] if "idiot" in x else [0.6, 0.8] for x in texts])
+
+    said = ["You idiot sang.", "You sang.", "You sang."]
+    outputs = pd.DataFrame({"input": "You idiot sang.", "output": said})
+    outputs["protocol"] = ["rewrite", "shown", "continue"]
+    args = Namespace(batch_size=64, seed=0, out=tmp_path)
+    (tmp_path / "kept").mkdir()
+    lm, encoder = load_model(str(tiny), "cpu"), Namespace(encode=encode)
+    module.score(outputs, lm, None, encoder, {}, ["It froze."], "weights", args)
+    assert outputs.similarity[:2].tolist() == pytest.approx([1, 0.6])
+    assert outputs.clean[:2].tolist() == pytest.approx([0.6, 1])
+    assert outputs[["similarity", "clean"]].iloc[2].isna().all()
 
 
 def scored(said: tuple) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 import torch
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
+from cp_loss import encode, load_model, model_nll
 
 LOOSE = ["--toxic", 0, "--benign", 1, "--similar", -1, "--length", 3]
 LOOSE += [
@@ -231,6 +233,7 @@ NEGATIVE = {
     "that idiot of a cat sat on the mats": (0.9, 0.9, 4.7, "near-duplicate"),
     "the cat sat on the mat": (0.9, 0.9, 5.0, "copy"),
     "cat": (0.9, 0.9, 5.0, "length"),
+    "the dumb cat lay all day on a mat by the door": (0.9, 0.9, 5.0, "length"),
     "the kind cat sat on the mat": (0.1, 0.9, 5.0, "judge"),
     "the dumb dog ran up the hill": (0.9, 0.2, 5.0, "meaning"),
     "Rude: the dumb cat on the mat": (0.9, 0.9, 5.0, "prompt leftover"),
@@ -259,6 +262,59 @@ def test_selection_rule(mining, options):
         assert [c["nll"] for c in line["negatives"]] == [4.8, 5.5]
         assert [c["nll_distance"] for c in line["negatives"]] == [0.2, 0.5]
         assert sum(len(line[kind]) for kind in KINDS) == len(pool)
+
+
+def test_scores_by_hand(mining, options, tiny):
+    """Each candidate's own, and with its own seed."""
+    model, tokenizer = load_model(str(tiny), "cpu", dtype="float32")
+
+    def encode_all(texts, **_):
+        return np.array([[0.6, 0.8] if "dog" in x else [1, 0] for x in texts])
+
+    def judge(texts):
+        return [0.9 if "damn" in x else 0.1 for x in texts]
+
+    drawn = [({"text": SEED}, "The damn cat sat on the mat.")]
+    drawn += [({"text": "A cat came."}, "A dog came by here.")]
+    scorers = model, tokenizer, Namespace(encode=encode_all), judge
+    made = mining.score(drawn, "negative", scorers, options("--toxic", 0))
+    assert [c["similarity"] for c in made] == [1, 0.6]
+    assert [c["toxicity"] for c in made] == [0.9, 0.1]
+    assert [c["length_ratio"] for c in made] == [1.1667, 1.6667]
+    assert [c["overlap"] for c in made] == [0.9231, 0.5]
+    ids = encode(tokenizer, drawn[0][1])[0]
+    with torch.no_grad():
+        assert made[0]["nll"] == pytest.approx(
+            model_nll(model, [ids]).item(), abs=1e-3
+        )
+    assert "nll" not in made[1]  # too long, so never kept
+
+
+def test_a_round_is_for_those_that_lack_a_kind(mining, options, monkeypatch):
+    """A little hotter, with other examples. The second seed has enough from the first one on."""
+    args = options("--rounds", 2, "--rude", 3, "--clean", 2, "--insert", 0)
+    args.prompts, asked = mining.PROMPTS[None], []
+
+    def generate(prompts, _limit, count, temperature):
+        asked.append((len(prompts), count, temperature, prompts[0]))
+        return []
+
+    def select(line, _args):
+        line["positives"], line["negatives"] = (
+            [0] * 3 * ("b" in line["text"]),
+        ) * 2
+
+    monkeypatch.setattr(mining, "score", lambda drawn, *_: [{} for _ in drawn])
+    monkeypatch.setattr(mining, "select", select)
+    seeds = [{"id": x, "text": x} for x in "abc"]
+    mining.mine_chunk(seeds, generate, [None], args)
+    assert [x[:3] for x in asked] == [
+        (3, 2, 0.7),
+        (2, 3, 0.7),
+        (2, 2, 0.75),
+        (2, 3, 0.75),
+    ]
+    assert asked[0][3] != asked[2][3] and asked[1][3] != asked[3][3]
 
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from conftest import ROOT, lines, mined_line, refused, write_jsonl
+from conftest import REAL, ROOT, lines, mined_line, refused, write_jsonl
 from cp_loss import fingerprint, model_nll
 
 SEEDS = [
@@ -129,6 +130,46 @@ def test_sets_are_cut_to_what_training_draws(stage, tiny, tmp_path):
     assert torch.bincount(store["context"]).tolist() == [3, 0, 3]
     assert torch.bincount(store["anchor"]).tolist() == [3] * 6
     assert torch.bincount(store["anchor"][store["is_positive"]]).tolist() == [1] * 6
+
+
+def test_what_an_anchor_is_made_of(stage):
+    """Hardest negatives first; toxic contexts with most of the seed's words; after one of them the
+    seed, and that sentence, come first and are required."""
+    module = stage.module("02")
+    args = stage.options("02", "--toxic-contexts", 2)
+
+    def candidate(text, similarity, overlap):
+        return {"text": text, "similarity": similarity, "overlap": overlap}
+
+    line = {
+        "id": "a",
+        "text": "Seed.",
+        "positives": [candidate("Far.", 0.5, 0.1), candidate("Near.", 0.9, 0.1)],
+        "negatives": [
+            candidate("Hard.", 0.9, 0.2),
+            candidate("Close.", 0.9, 0.8),
+            candidate("Else.", 0.5, 0.9),
+        ],
+    }
+    anchors = module.make_anchors(0, module.Mined.model_validate(line), args)
+    assert [a[1:3] for a in anchors] == [
+        ("none", ""),
+        ("toxic", "Close."),
+        ("toxic", "Hard."),
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(REAL)
+    ids, start, _, good, required = module.tokenise(anchors, tokenizer, args)
+    said = [tokenizer.decode(x[s:]).strip() for x, s in zip(ids, start)]
+    assert said == ["Near.", "Hard.", "Close."] + [
+        "Seed.",
+        "Close.",
+        "Hard.",
+        "Seed.",
+        "Hard.",
+        "Close.",
+    ]
+    assert good == (True, False, False) * 3
+    assert required == (False,) * 3 + (True, True, False) * 2
 
 
 def sequences(store) -> list:
@@ -339,6 +380,17 @@ def test_paper_preset_and_its_overrides(stage):
         "nll",
         0,
     )
+    args = stage.options("03", "--preset", "paper")
+    assert (args.phi, args.alpha, args.utility) == ("perplexity", 1.0, 0.0)
+    assert (args.anchors, args.positives, args.negatives) == (6, 3, 5)
+
+
+def test_no_steps_are_one_epoch(stage, trained, tmp_path):
+    shutil.copy(trained / "prototypes.safetensors", tmp_path)
+    given = ["--run", tmp_path, "--preset", "paper", "--anchors", 5]
+    assert stage("03", *given) == 0  # of ten bare anchors
+    rows = lines(tmp_path / "adapter.training/metrics.jsonl")
+    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2]
 
 
 def test_training_refuses(stage, trained, tmp_path, capsys):

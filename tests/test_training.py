@@ -150,10 +150,13 @@ def test_two_passes_give_the_gradient_of_one(stage, trained, tiny, options):
         assert (parts - whole).norm() / whole.norm() < 1e-4
 
 
-def by_hand(nll: list, store, chosen) -> tuple[list, list]:
+ANCHORS = [3, 7, 16, 22, 41]
+
+
+def by_hand(nll: list, store, chosen, prototype) -> tuple[list, list]:
     """-log J of every anchor (signed, alpha 8), and every positive's level."""
     J, level = [], []
-    for a in range(9):
+    for a in ANCHORS:
         phi = {True: [], False: []}
         for value, i in zip(nll, chosen):
             if store.anchor[i] == a:
@@ -164,29 +167,53 @@ def by_hand(nll: list, store, chosen) -> tuple[list, list]:
                 if store.is_positive[i]:
                     level.append(away)
         c = sum(phi[True]) / len(phi[True])
+        if prototype == "base":
+            c = float(store.prototype[a])
         s_pos = sum(math.exp(-abs(x - c)) for x in phi[True])
         s_neg = sum(math.exp(-(x - c)) for x in phi[False])
         J.append(-math.log(s_pos / (s_pos + 8 * s_neg)))
     return J, level
 
 
-def test_the_objective_by_hand(stage, trained):
+@pytest.mark.parametrize("prototype", ["batch", "base"])
+def test_the_objective_by_hand(stage, trained, prototype):
     """-log J and the positives' level: |phi - the base's|, or phi after a toxic sentence."""
     module = stage.module("03")
-    options = ["--alpha", 8, "--hold", 0.7, "--positives", 2]
+    options = [
+        "--alpha",
+        8,
+        "--hold",
+        0.7,
+        "--positives",
+        2,
+        "--prototype",
+        prototype,
+    ]
     args = stage.options("03", "--run", trained, *options)
     store, _ = module.read_store(args)
-    chosen = module.draw(store, torch.arange(0, 9), args, module.generator(0))
+    chosen = module.draw(store, torch.tensor(ANCHORS), args, module.generator(0))
     nll = store.nll.double()[chosen]
     nll = nll + torch.rand(len(chosen), generator=module.generator(1))
-    J, level = by_hand(nll.tolist(), store, chosen)
+    J, level = by_hand(nll.tolist(), store, chosen, prototype)
     loss, stats = module.objective(nll, store, chosen, args)
-    want = sum(J) / 9 + 0.7 * sum(level) / len(level)
+    want = sum(J) / 5 + 0.7 * sum(level) / len(level)
     assert float(loss) == pytest.approx(want, rel=1e-6)
     positive = store.is_positive[chosen]
-    assert stats["cp"] == pytest.approx(sum(J) / 9, rel=1e-6)
+    assert stats["cp"] == pytest.approx(sum(J) / 5, rel=1e-6)
     drift = (nll - store.nll[chosen])[positive].mean()
     assert stats["drift"] == pytest.approx(float(drift))
+
+
+def test_the_bases_prototype_as_a_perplexity(stage, trained):
+    """Of phi the prototype's own, nothing is lost by distance: J is |P| of |P| + alpha |N|."""
+    module = stage.module("03")
+    options = ["--phi", "perplexity", "--prototype", "base", "--hold", 0]
+    args = stage.options("03", "--run", trained, *options)
+    store, _ = module.read_store(args)
+    chosen = module.draw(store, torch.tensor(ANCHORS), args, module.generator(0))
+    nll = store.prototype[store.anchor[chosen]]
+    loss, _ = module.objective(nll, store, chosen, args)
+    assert float(loss) == pytest.approx(math.log(1 + 10 * 2), rel=1e-3)
 
 
 def test_required_sequences_are_always_drawn(stage, trained):
@@ -209,6 +236,30 @@ def test_required_sequences_are_always_drawn(stage, trained):
         context, answer, _ = text.split("Sentence: ")[1].split("\n")
         copies += answer == f"Paraphrase: {context}"
     assert len(required) == 72 and copies == 36
+
+
+def test_an_epoch_has_every_training_anchor_once(stage, trained, tiny):
+    """Of the contexts given, none held out; another --seed has another order and LoRA."""
+    module = stage.module("03")
+    given = ["--run", trained, "--anchors", 10, "--context", "none", "toxic"]
+    args, other = (stage.options("03", *given, "--seed", s) for s in (0, 1))
+    store, _ = module.read_store(args)
+    made = [module.batch(store, args, step) for step in range(1, 6)]
+    seen = torch.cat([store.anchor[x].unique() for x in made[:4]]).sort()[0]
+    wanted = (store.context != 1) & ~store.held_out
+    assert torch.equal(seen, wanted.nonzero().flatten()) and len(seen) == 40
+    assert torch.equal(
+        store.anchor[made[4]].unique(), store.anchor[made[0]].unique()
+    )
+    assert not torch.equal(made[4], made[0])  # drawn anew
+    anchors = store.anchor[module.batch(store, other, 1)].unique()
+    assert not torch.equal(anchors, store.anchor[made[0]].unique())
+    models = [
+        module.with_lora(AutoModelForCausalLM.from_pretrained(tiny), x)
+        for x in (args, other)
+    ]
+    weights = [next(w for w in m.parameters() if w.requires_grad) for m in models]
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize("name, most", [("--positives", 2), ("--negatives", 3)])
@@ -288,10 +339,15 @@ def test_bfloat16_points_where_float32_does(stage, trained, tiny):
 # validation
 
 
-def test_validation_at_step_0_is_the_bases(trained):
-    """What stage 02 stored is what the untrained adapter gives."""
-    first = metrics(trained, "validation")[0]
-    assert first["step"] == 0 and first["drift"] == first["utility_drift"] == 0
+def test_the_untrained_adapter_gives_what_stage_02_stored(stage, trained, tiny):
+    """Also after a prompt, whose own tokens don't count."""
+    module = stage.module("03")
+    args = stage.options("03", "--run", trained)
+    store, _ = module.read_store(args)
+    model = module.with_lora(AutoModelForCausalLM.from_pretrained(tiny), args)
+    with torch.no_grad():
+        nll = module.phi(model, store, torch.arange(len(store.nll)), args)
+    torch.testing.assert_close(nll, store.nll, rtol=0, atol=1e-4)
     assert (trained / "adapter.training/phi.png").stat().st_size > 5000
 
 
@@ -354,6 +410,42 @@ def test_the_best_state_is_kept(stage, fresh, monkeypatch):
     assert state["best"] == 0 and state["step"] == 6
     assert close(seen[4], adapter(fresh)) and close(seen[6], state["adapter"])
     assert not close(seen[4], seen[6])
+
+
+def test_the_best_before_an_interrupt_stays_best(stage, fresh, monkeypatch):
+    module, stopped = stage.module("03"), []
+    validate = module.validate
+
+    def best_at_2(model, store, args, step):
+        if step == 4 and not stopped:
+            stopped.append(step)
+            raise SystemExit(9)
+        row, nll = validate(model, store, args, step)
+        return row | {"criterion": abs(step - 2)}, nll
+
+    monkeypatch.setattr(module, "validate", best_at_2)
+    task = ["03", "--run", fresh, *OPTIONS, "--every", 1]
+    assert stage(*task) == 9
+    best = fresh / "adapter.training/best/adapter_model.safetensors"
+    kept = load_file(best)
+    assert stage(*task) == 0 and close(kept, adapter(fresh))
+
+
+def test_rates_and_clipping(stage, trained, monkeypatch):
+    """A tenth of the steps up, the others down to nothing; a gradient's norm is 1 at most."""
+    module, weight = stage.module("03"), torch.nn.Parameter(torch.zeros(1))
+    args = stage.options("03", "--run", trained, "--steps", 20, "--lr", 19)
+    store, _ = module.read_store(args)
+    monkeypatch.setattr(module, "gradient", lambda *_: (1.0, {}))
+    model, rates = torch.nn.ParameterList([weight]), []
+    model.device = weight.device
+    optimizer = torch.optim.SGD([weight], lr=1)
+    for step in range(1, 21):
+        weight.grad = torch.full((1,), 5.0)
+        module.train_step(model, optimizer, store, args, step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([9.5, *range(19, 0, -1)])
+    assert weight.item() == pytest.approx(-sum(rates), rel=1e-4)
 
 
 def test_the_adapters_readme_has_a_snippet_that_runs(trained):
