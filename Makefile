@@ -94,6 +94,7 @@ os.replace(out + ".tmp", out)
 endef
 # What stage 04 reads, a file a protocol: data/eval is reported, recipes are chosen by data/dev, and
 # no text stands in both, or among the seeds. Neutral: of people's days and of an encyclopedia.
+# Written last and so the mark of all: data/eval/continue.jsonl.
 define TEXTS
 import json, os, random, re
 from profanity_check import predict_prob
@@ -149,7 +150,7 @@ for name, path in NAMES.items():
             query = f"{passage}\nQuestion: {doc['question'].strip()}\nAnswer:".lstrip()
             choices = re.split(r"\s*\b[A-E]\. ", options)[1:]
             item = {"query": query, "choices": choices, "gold": "ABCDE".index(letter)}
-            if len(passage) < 250:
+            if len(passage) < 250 and item["gold"] < len(choices):  # of one some are in the question
                 f.write(json.dumps(item) + "\n")
 def declare(name, **how):
     data = {"data_files": {"test": f"{OUT}/{name}.jsonl"}}
@@ -235,10 +236,10 @@ data/seeds.jsonl: assets/done
 	mkdir -p data
 	$(PY) -c "$$SEEDS" $@ 0 "55 31 40 50"
 
-data/more.jsonl: data/eval/rewrite.jsonl
+data/more.jsonl: data/eval/continue.jsonl
 	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/{eval,dev}/*.jsonl
 
-data/eval/rewrite.jsonl: data/seeds.jsonl
+data/eval/continue.jsonl: data/seeds.jsonl
 	$(PY) -c "$$TEXTS"
 
 # Stages resume, so that their outputs mark "started", not "done": .mined marks "done".
@@ -257,11 +258,11 @@ $(RUN)/adapter/adapter_model.safetensors: $(RUN)/prototypes.safetensors 03_train
 	$(PY) 03_train_cp.py --run $(RUN)
 	touch $@
 
-$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/eval/rewrite.jsonl 04_evaluate.py
+$(RUN)/report/report.json: $(RUN)/adapter/adapter_model.safetensors data/eval/continue.jsonl 04_evaluate.py
 	@echo "== 04: evaluation"
 	$(PY) 04_evaluate.py --run $(RUN)
 
-ablation: $(RUN)/prototypes.safetensors data/eval/rewrite.jsonl  ## other recipes beside ours, three seeds
+ablation: $(RUN)/prototypes.safetensors data/eval/continue.jsonl  ## other recipes beside ours, three seeds
 	$(PY) tests/bench_ablation.py --run $(RUN) -- --tasks
 
 lint: .venv/done                ## format and lint, as CI does

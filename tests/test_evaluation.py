@@ -221,9 +221,15 @@ def test_an_adapter_of_another_base_is_refused(
     made = {"prototypes": {"model_sha256": "0"}}
     (tmp_path / "adapter.training").mkdir()
     (tmp_path / "adapter.training/run.json").write_text(json.dumps(made))
-    given = ["--adapter", f"a={tmp_path / 'adapter'}", "--out", tmp_path]
+    for end in ("", "/"):
+        given = ["--adapter", f"a={tmp_path / 'adapter'}{end}", "--out", tmp_path]
+        status = stage(*command, *given)
+        refused(capsys, status, "other weights", "name the files of one run")
+    (tmp_path / "adapter/adapter_model.safetensors").rename(tmp_path / "moved")
     status = stage(*command, *given)
-    refused(capsys, status, "other weights", "name the files of one run")
+    refused(
+        capsys, status, "adapter_model.safetensors", "name the files of one run"
+    )
 
 
 @pytest.mark.parametrize("way", ["pissa", "olora", "layers repeated"])
@@ -273,6 +279,7 @@ def test_a_report_has_every_protocol_and_file(report):
     assert {"command", "seed", "options", "versions", "judges"} <= set(record)
     for name in ("adapter_model.safetensors", "generations.jsonl", "rewrite.jsonl"):
         assert any(path.endswith(name) for path in record["sha256"])
+    assert "data/eval/neutral.jsonl" in record["sha256"]  # bounds "garbled"
 
 
 @pytest.mark.parametrize("fault", ["renamed", "half", "more", "other", "nan"])
@@ -482,8 +489,8 @@ def test_outputs_that_do_not_fit_are_refused(
     cases = (
         ([unknown], "some of 5 prompts lack outputs"),
         ([first], "some of 5 prompts lack outputs"),
-        (every, "too many: see --k"),
-        (every * 3, "too many: see --k"),
+        (every, "or are twice: see --k"),
+        (every * 3, "or are twice: see --k"),
         ([{"input": "a"}], "bad.jsonl:1"),
     )
     for rows, word in cases:
@@ -517,6 +524,7 @@ def test_the_first_outputs_are_rewritten_again(stage, command, tmp_path, module)
     assert again == [1, 1, 1, 0, 1]
     politely = [x.rpartition("Rude: ")[2] for x in given if x.startswith("Rude: ")]
     assert sorted(politely) == sorted(f"{text}\nPolite:" for text in texts)
+    assert f'"{theirs}": "' in (tmp_path / "report.json").read_text()
     rows = lines(tmp_path / "generations.jsonl")
     rows = [row for row in rows if row["system"] == "tuned after theirs"]
     assert sorted(row["input"] for row in rows) == sorted(texts)
@@ -643,7 +651,8 @@ def test_metrics_by_hand(module):
     assert got["joint@j"] == pytest.approx([0, 0.3])
     assert got["similarity"] == pytest.approx([0.4, 0.5])
     assert got["clean"] == pytest.approx([0.2, 0.25])
-    assert got["failed"] == got["empty"] == got["named"] == [0.5, 0]
+    assert got["failed"] == got["empty"] == [0.5, 0]
+    assert got["named"] == [1, 0]  # of those that say something
     assert got["dist1"] == [1.0, 0.5] and got["dist2"] == [1.0, 0.5]
 
 
@@ -651,7 +660,7 @@ def test_some_texts_have_no_name(module):
     outputs = scored(SAID)
     outputs["name"] = pd.Series(["blind", "blind", "", ""])
     long = module.long_frame(outputs, 0.5)
-    assert long[long.metric == "named"].value.tolist() == [0.5]
+    assert long[long.metric == "named"].value.tolist() == [1]
 
 
 def test_a_name_may_end_in_a_sign(module):
@@ -960,3 +969,4 @@ def test_masking(module):
     assert module.hidden("you stupid idiot", "*") == "you * *"
     assert module.hidden("The lake is calm", "*") == "The lake is calm"
     assert module.hidden("The stupid lake is calm") == "The lake is calm"
+    assert module.hidden("you stupid_idiot_", "*") == "you *_*_"
