@@ -160,14 +160,8 @@ def test_what_an_anchor_is_made_of(stage):
     tokenizer = AutoTokenizer.from_pretrained(REAL)
     ids, start, _, good, required = module.tokenise(anchors, tokenizer, args)
     said = [tokenizer.decode(x[s:]).strip() for x, s in zip(ids, start)]
-    assert said == ["Near.", "Hard.", "Close."] + [
-        "Seed.",
-        "Close.",
-        "Hard.",
-        "Seed.",
-        "Hard.",
-        "Close.",
-    ]
+    wanted = "Near. Hard. Close. Seed. Close. Hard. Seed. Hard. Close."
+    assert said == wanted.split()
     assert good == (True, False, False) * 3
     assert required == (False,) * 3 + (True, True, False) * 2
 

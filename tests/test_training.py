@@ -179,16 +179,8 @@ def by_hand(nll: list, store, chosen, prototype) -> tuple[list, list]:
 def test_the_objective_by_hand(stage, trained, prototype):
     """-log J and the positives' level: |phi - the base's|, or phi after a toxic sentence."""
     module = stage.module("03")
-    options = [
-        "--alpha",
-        8,
-        "--hold",
-        0.7,
-        "--positives",
-        2,
-        "--prototype",
-        prototype,
-    ]
+    options = ["--alpha", 8, "--hold", 0.7, "--positives", 2]
+    options += ["--prototype", prototype]
     args = stage.options("03", "--run", trained, *options)
     store, _ = module.read_store(args)
     chosen = module.draw(store, torch.tensor(ANCHORS), args, module.generator(0))
