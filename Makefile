@@ -150,7 +150,7 @@ for name, path in NAMES.items():
             query = f"{passage}\nQuestion: {doc['question'].strip()}\nAnswer:".lstrip()
             choices = re.split(r"\s*\b[A-E]\. ", options)[1:]
             item = {"query": query, "choices": choices, "gold": "ABCDE".index(letter)}
-            if len(passage) < 250 and item["gold"] < len(choices):  # of one some are in the question
+            if len(passage) < 250 and item["gold"] < len(choices):  # one's are in its question
                 f.write(json.dumps(item) + "\n")
 def declare(name, **how):
     data = {"data_files": {"test": f"{OUT}/{name}.jsonl"}}
