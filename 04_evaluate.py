@@ -422,7 +422,7 @@ def read_outputs(name, path, cases):
     rows = asked.merge(said, "left", ["protocol", "input"]).assign(system=name)
     lines = rows.groupby(UNIT).output.transform("count")
     if rows.empty or (lines != rows.k).any():
-        fail(f"{path}: some of {len(asked)} prompts lack outputs, or are twice: see --k")
+        fail(f"{path}: some of {len(asked)} prompts lack outputs, have too many or are twice: --k")
     return rows
 
 

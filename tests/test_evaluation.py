@@ -489,8 +489,8 @@ def test_outputs_that_do_not_fit_are_refused(
     cases = (
         ([unknown], "some of 5 prompts lack outputs"),
         ([first], "some of 5 prompts lack outputs"),
-        (every, "or are twice: see --k"),
-        (every * 3, "or are twice: see --k"),
+        (every, "too many or are twice: --k"),
+        (every * 3, "too many or are twice: --k"),
         ([{"input": "a"}], "bad.jsonl:1"),
     )
     for rows, word in cases:

@@ -188,10 +188,10 @@ def test_the_objective_by_hand(stage, trained, prototype):
     nll = nll + torch.rand(len(chosen), generator=module.generator(1))
     J, level = by_hand(nll.tolist(), store, chosen, prototype)
     loss, stats = module.objective(nll, store, chosen, args)
-    want = sum(J) / 5 + 0.7 * sum(level) / len(level)
+    want = sum(J) / len(ANCHORS) + 0.7 * sum(level) / len(level)
     assert float(loss) == pytest.approx(want, rel=1e-6)
     positive = store.is_positive[chosen]
-    assert stats["cp"] == pytest.approx(sum(J) / 5, rel=1e-6)
+    assert stats["cp"] == pytest.approx(sum(J) / len(ANCHORS), rel=1e-6)
     drift = (nll - store.nll[chosen])[positive].mean()
     assert stats["drift"] == pytest.approx(float(drift))
 
