@@ -261,6 +261,8 @@ def test_selection_rule(mining, options):
         assert [c["nll"] for c in line["positives"]] == [4.0, 6.0]
         assert [c["nll"] for c in line["negatives"]] == [4.8, 5.5]
         assert [c["nll_distance"] for c in line["negatives"]] == [0.2, 0.5]
+        # a positive's would change its rank
+        assert all("nll_distance" not in c for c in line["positives"])
         assert sum(len(line[kind]) for kind in KINDS) == len(pool)
 
 
@@ -575,6 +577,7 @@ def test_toxic_words_are_inserted(mining):
     judge = mining.load_judge("profanity-check", "cpu")
     words = Counter(mining.toxic_words(judge, tokenizer))
     assert len(words) > 50 and min(mining.predict_prob([*words])) >= 0.9
+    assert all(word.isalpha() and len(word) >= 4 for word in words)
     # profanity-check minds these, too, but people call themselves so
     names = ["homosexual", "queer", "queers"]
     assert min(mining.predict_prob(names)) >= 0.9 and not words.keys() & set(names)
