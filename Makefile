@@ -92,8 +92,9 @@ pools = {
     "imdb": begun(r["text"] for r in reviews),
     "fiqa": begun(lines("Fiqa", "answer")),
 }
+news = lines("XSum", "document") + lines("Quac", "passage")
 def named(kind):
-    for text in begun(lines("XSum", "document") + lines("Quac", "passage")):
+    for text in begun(news):
         found = GROUPS.search(text)
         if found and found.lastgroup == kind:
             yield text
