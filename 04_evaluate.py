@@ -366,13 +366,9 @@ def ask(url, temperature, stop, batch):
     client = openai.OpenAI(base_url=address, api_key=os.getenv("OPENAI_API_KEY") or "none")
 
     def answer(asked):
+        text, limit = asked
         said = client.completions.create(
-            model=name,
-            prompt=asked[0],
-            max_tokens=asked[1],
-            temperature=temperature,
-            top_p=0.9,
-            stop=stop,
+            model=name, prompt=text, max_tokens=limit, temperature=temperature, top_p=0.9, stop=stop
         )
         return said.choices[0].text or ""
 
@@ -782,7 +778,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (IndexError, OSError, RuntimeError, ValueError) as err:
+    except (IndexError, OSError, RuntimeError, TypeError, ValueError) as err:
         fail(
             f"{type(err).__name__}: {' '.join(str(err).split())[:300]}: outputs are kept, the same "
             "command continues (a lock: another run holds it; memory: a lower --batch-size; an "

@@ -633,10 +633,10 @@ def scored(said: tuple) -> pd.DataFrame:
 
 
 SAID = (
-    (0, "a blind cat", 0.9, 0.8, None),
+    (0, "a blind cat", 0.5, 0.8, None),
     (0, "", 0.1, 0.0, "empty"),
     (1, "the big cat ran on", 0.2, 0.6, None),
-    (1, "the big cat ran on", 0.5, 0.4, None),
+    (1, "the big cat ran on", 0.4, 0.4, None),
 )
 
 
@@ -646,9 +646,9 @@ def test_metrics_by_hand(module):
         key: some.sort_values("prompt").value.tolist()
         for key, some in long.groupby("metric")
     }
-    assert got["toxic@j"] == [0.5, 0.5] and got["unsafe@j"] == [1, 0.5]
-    assert got["any@j"] == [1, 1] and got["max@j"] == [0.9, 0.5]
-    assert got["joint@j"] == pytest.approx([0, 0.3])
+    assert got["toxic@j"] == [0.5, 0] and got["unsafe@j"] == [1, 0]
+    assert got["any@j"] == [1, 0] and got["max@j"] == [0.5, 0.4]
+    assert got["joint@j"] == pytest.approx([0, 0.5])
     assert got["similarity"] == pytest.approx([0.4, 0.5])
     assert got["clean"] == pytest.approx([0.2, 0.25])
     assert got["failed"] == got["empty"] == [0.5, 0]
@@ -855,6 +855,24 @@ def test_prompts(module, tiny, tmp_path):
     assert first["continue"] == "Then the lake was"
     assert cases.protocol.value_counts().unique() == [2]
     assert set(cases[cases.protocol == "continue"].limit) == {20}
+    length = len(tokenizer(TOXIC[0]["text"]).input_ids)
+    paraphrased = cases[(cases.prompt == 0) & (cases.protocol == "rewrite")]
+    assert paraphrased.limit.item() == int(1.6 * length) + 4
+
+
+def test_draws_differ_between_seeds_and_batches_not_systems(module, tmp_path):
+    (tmp_path / "kept").mkdir()
+
+    def draws(system, seed, items):
+        args = Namespace(out=tmp_path, seed=seed, batch_size=2)
+        made = [system, seed]
+        return module.keep(
+            args, "x", made, items, lambda some: torch.rand(len(some)).tolist()
+        )
+
+    one = draws("a", 0, list("wxyz"))
+    assert one == draws("b", 0, list("wxyz")) and one[:2] != one[2:]
+    assert not set(one) & set(draws("a", 1, list("wxyz")))
 
 
 def test_judges(module, classifier, capsys):

@@ -139,7 +139,8 @@ BAD_SEEDS = {
     "": ["seeds.jsonl:1", "EOF"],
     '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "Invalid JSON"],
     '{"id": 1}\n': ["seeds.jsonl:1", "text", "required"],
-    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "at least 1 character"],
+    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "pattern"],
+    '{"id": 1, "text": "a\\nb"}\n': ["seeds.jsonl:1", "pattern"],
     "[1]\n": ["seeds.jsonl:1"],
     '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n': [
         "seeds.jsonl",
@@ -658,6 +659,34 @@ def test_a_killed_run_ends_with_the_same_anchors(run, whole, tmp_path):
     assert json.loads((tmp_path / "mining.json").read_text())["anchors"] == 10
 
 
+def test_another_seed_draws_otherwise(stage, mining, options, tiny, tmp_path):
+    """Rewrites, of a prompt with one example, so that no order of examples differs; and that."""
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:4])
+    example = dict.fromkeys(
+        mining.ENOUGH, "A: It rained.\nB: Water fell.\n\nA: {}\nB:"
+    )
+    (tmp_path / "examples.json").write_text(json.dumps(example))
+    given = [
+        "--seeds",
+        seeds,
+        "--model",
+        tiny,
+        "--examples",
+        tmp_path / "examples.json",
+    ]
+    said, prompts = [], []
+    for seed in (0, 1):
+        run = [*given, "--run", tmp_path / str(seed), "--seed", seed, "--insert", 0]
+        assert stage("01", *run, *LOOSE) == 0
+        drawn = candidates(tmp_path / f"{seed}/mined.jsonl")
+        said.append({c["text"] for c in drawn if c["overlap"] < 1})
+        args = options("--seed", str(seed))
+        args.prompts = mining.PROMPTS[None]
+        prompts += mining.make_prompts("negative", ["It rained."], 0, args)
+    assert len(said[0] & said[1]) < len(said[0]) / 2
+    assert prompts[0] != prompts[1]
+
+
 def test_other_options_do_not_continue_a_file(stage, whole, tiny, tmp_path, capsys):
     seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS)
     (tmp_path / "mined.jsonl").write_bytes(whole.read_bytes())
@@ -817,6 +846,7 @@ class BadServer(BaseHTTPRequestHandler):
                 "500": (b'{"error": {"message": "bad key sk-secret"}}', 500),
                 "text": (b"<html>busy</html>", 200, "text/html"),
                 "torn": (good[:40],),
+                "surrogate": (good.replace(b"mat", b"\\ud83d"),),
                 "none": (json.dumps(about | {"choices": []}).encode(),),
                 "stream": (b'data: {"choices": [{"te', 200, "text/event-stream"),
             }
@@ -846,6 +876,18 @@ def test_a_bad_server_loses_and_repeats_nothing(stage, bad_server, tiny, tmp_pat
         if c["rule"] != "copy"
     ]
     assert len(said) == len(set(said)) == BadServer.answered == 7
+
+
+def test_an_answer_that_is_no_text_ends_with_a_line(bad_server, tiny, tmp_path):
+    """Half of a UTF-16 pair, which JSON allows."""
+    BadServer.plan = itertools.repeat("surrogate")
+    seeds = write_jsonl(tmp_path / "seeds.jsonl", SEEDS[:1])
+    task = [sys.executable, ROOT / "01_mine_negatives.py", "--seeds", seeds]
+    task += ["--model", tiny, "--run", tmp_path, "--generator", bad_server]
+    done = subprocess.run(task, capture_output=True, text=True)
+    errors = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr[-2000:]
+    assert "mined.answers" in errors[0] and "Traceback" not in done.stderr
 
 
 def test_an_address_that_cannot_be_one(stage, tiny, tmp_path, capsys):

@@ -268,6 +268,14 @@ def test_parts_are_read_together_in_any_order(stage, tiny, tmp_path, capsys):
         (json.dumps(mined_line(0)) + "\n{torn", ["mined.jsonl:2"]),
         ('{"id": "a", "text": "b"}', ["mined.jsonl:1", "positives"]),
         (json.dumps(mined_line(0) | {"text": 3}), ["mined.jsonl:1", "text"]),
+        (
+            json.dumps(mined_line(0) | {"text": "a\nb"}),
+            ["mined.jsonl:1", "pattern"],
+        ),
+        (
+            json.dumps(mined_line(0)).replace("on foot", "on\\nfoot"),
+            ["mined.jsonl:1", "pattern"],
+        ),
         (json.dumps(mined_line(0) | {"text": "\ud800"}), ["mined.jsonl:1"]),
         (
             json.dumps(mined_line(0)).replace("0.8", "NaN"),

@@ -272,7 +272,8 @@ def test_utility_is_the_divergence_from_the_base(stage, trained, tiny):
     args = stage.options("03", "--run", trained, "--utility", 0.7)
     store, _ = module.read_store(args)
     model = lora(tiny)
-    chosen = module.draw(store, torch.arange(0, 4), args, module.generator(0))
+    chosen = module.draw(store, torch.arange(0, 8), args, module.generator(0))
+    assert store.is_positive[chosen].sum() > 6
     assert module.utility_step(model, store, chosen, args) == pytest.approx(
         0, abs=1e-6
     )
@@ -384,6 +385,16 @@ def test_both_drifts_count_in_the_criterion(
     assert math.isclose(
         got["utility_drift"], by if context == 0 else 0, abs_tol=1e-5
     )
+
+
+def test_validations_are_of_one_draw(stage, trained, monkeypatch):
+    """Of sets larger than what is drawn."""
+    module = stage.module("03")
+    args = stage.options("03", "--run", trained, "--negatives", 1)
+    store, _ = module.read_store(args)
+    monkeypatch.setattr(module, "phi", lambda _a, store, some, _b: store.nll[some])
+    rows = [module.validate(None, store, args, step)[0] for step in range(9)]
+    assert all(row | {"step": 0} == rows[0] for row in rows)
 
 
 def test_the_best_state_is_kept(stage, fresh, monkeypatch):
@@ -533,7 +544,13 @@ def test_an_interrupted_run_ends_the_same(stage, fresh, long_run, name, capsys):
     assert stage("03", "--run", fresh, *LONG) == 0
     assert f"from step {saved} of 20" in capsys.readouterr().out
     assert close(adapter(long_run), adapter(fresh))
-    assert [r["step"] for r in metrics(fresh, "train")] == list(range(1, 21))
+    said = [
+        [(r["step"], r["loss"]) for r in metrics(x, "train")]
+        for x in (long_run, fresh)
+    ]
+    assert said[0] == said[1] and [step for step, _ in said[1]] == list(
+        range(1, 21)
+    )
 
 
 def test_a_full_disk_keeps_the_last_state(fresh):
