@@ -320,8 +320,11 @@ def main() -> None:
     large = out / "large/prototypes.safetensors"
     if not large.exists() and any(r.startswith(LARGE) for r in args.recipes):
         with safe_open(args.run / "prototypes.safetensors", "pt") as f:
-            model = f.metadata()["model"]
-        sets = ["--positives", 7, "--negatives", 8, "--model", model]
+            meta = f.metadata()
+        load = json.loads(meta["load"])
+        dtype = "nf4" if "quantization_config" in load else load["dtype"]
+        sets = ["--positives", 7, "--negatives", 8]
+        sets += ["--model", meta["model"], "--dtype", dtype]
         call(
             ["02_build_prototypes.py", "--run", args.run, "--out", large, *sets],
             out / "large.log",

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import shutil
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -109,6 +111,23 @@ def test_every_recipe_is_known_to_stage_03(stage):
         args, peer = stage.options("03", *options.split()), recipe.startswith(peers)
         wanted = (80, 16) if peer else (60, 64)
         assert (args.steps, args.rank) == wanted, recipe
+
+
+def test_larger_sets_are_of_the_runs_model_and_dtype(
+    trained, tmp_path, monkeypatch
+):
+    """Else stage 04 refuses their adapters beside the others."""
+    shutil.copy(trained / "prototypes.safetensors", tmp_path)
+    commands, given = [], ["--run", tmp_path, "--recipes", "official", "--seeds", 1]
+    monkeypatch.setattr(
+        bench_ablation, "call", lambda task, *_: commands.append(task)
+    )
+    monkeypatch.setattr(bench_ablation, "results", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["bench_ablation.py", *map(str, given)])
+    bench_ablation.main()
+    large, train, _ = commands
+    assert large[0] == "02_build_prototypes.py" and large[-1] == "float32"
+    assert train[2] == large[4].parent == tmp_path / "ablation/large"
 
 
 @pytest.mark.parametrize(
