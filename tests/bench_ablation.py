@@ -236,10 +236,12 @@ def draw(figures: dict, path: Path) -> None:
         ]
         colour = {"ours": "#D55E00", "base": grey}.get(name, "#3B8EC2")
         ax.errorbar(x["value"], y["value"], *spread, fmt="o", color=colour, lw=1)
-        at, away, side = (x["value"], y["value"]), 6, "left"
-        if name.startswith("dpo"):  # beside SimPO
-            away, side = -6, "right"
-        how = {"xytext": (away, 6), "textcoords": "offset points", "ha": side}
+        at, away, side = (x["value"], y["value"]), (6, 6), "left"
+        if name == "dpo-1e-4":  # beside SimPO
+            away, side = (-6, -12), "right"
+        if name == "official":  # beside the base
+            away = (6, -12)
+        how = {"xytext": away, "textcoords": "offset points", "ha": side}
         ax.annotate(label, at, color=colour, **how)
     ax.set_xlabel("similarity of the rewrite to its toxic input", color=grey)
     ax.set_ylabel("toxic or failed rewrites", color=grey)
