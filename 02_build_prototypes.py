@@ -281,7 +281,7 @@ def main():
             how = {"dtype": "bfloat16", "quantization_config": NF4}
         model, tokenizer = load_model(args.model, args.device, **how)
     except (ValueError, RuntimeError, AssertionError) as err:
-        why = str(err).splitlines()[0]
+        why = " ".join(str(err).split())[:300]
         fail(f"{why}: --model and --device must name what is there")
     print(f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}")
 
