@@ -753,7 +753,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (IndexError, OSError, RuntimeError, TypeError) as err:
+    except (IndexError, OSError, RuntimeError, UnicodeError) as err:
         fail(
             f"{' '.join(str(err).split())[:300]}: the same command continues (a lock: another run; "
             "memory: a lower --batch-size; index: shorter texts; a bad mined.answers: remove it)"

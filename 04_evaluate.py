@@ -778,7 +778,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("interrupted: outputs are kept, the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except (IndexError, OSError, RuntimeError, TypeError, ValueError) as err:
+    except (IndexError, OSError, RuntimeError, ValueError) as err:
         fail(
             f"{type(err).__name__}: {' '.join(str(err).split())[:300]}: outputs are kept, the same "
             "command continues (a lock: another run holds it; memory: a lower --batch-size; an "
