@@ -193,7 +193,8 @@ def test_models_that_cannot_be_had(stage, tiny, tmp_path, capsys, option):
 def test_a_judge_may_mind_no_word(stage, mining, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(mining, "toxic_words", lambda *_: [])
     seeds = write_jsonl(
-        tmp_path / "s.jsonl", [{"id": 1, "text": "A seed is here."}]
+        tmp_path / "s.jsonl",
+        [{"id": 1, "text": "A seed is here, and it has room for many words."}],
     )
     small = ["--rounds", 1, "--rude", 1, "--clean", 1, "--run", tmp_path]
     assert stage("01", "--model", tiny, "--seeds", seeds, *small) == 0
@@ -318,6 +319,25 @@ def test_a_round_is_for_those_that_lack_a_kind(mining, options, monkeypatch):
         (2, 3, 0.75),
     ]
     assert asked[0][3] != asked[2][3] and asked[1][3] != asked[3][3]
+
+
+def test_as_many_insertions_as_asked_for(mining, options, monkeypatch):
+    """And each seed itself once, in the first round only."""
+    args, drawn = options("--rounds", 2, "--insert", 5), []
+    args.prompts = mining.PROMPTS[None]
+
+    def score(some, *_):
+        drawn.extend(some)
+        return [{} for _ in some]
+
+    monkeypatch.setattr(mining, "score", score)
+    monkeypatch.setattr(mining, "select", lambda *_: None)
+    monkeypatch.setattr(mining, "toxic_words", lambda *_: ["awful"])
+    seeds = [{"id": x, "text": f"The {x} is on the table."} for x in "ab"]
+    mining.mine_chunk(seeds, lambda *_: [], [None, None], args)
+    assert Counter(line["id"] for line, _ in drawn) == {"a": 6, "b": 6}
+    assert all(text.replace("awful ", "") == line["text"] for line, text in drawn)
+    assert any("awful" in text for _, text in drawn)
 
 
 def test_paper_preset_takes_the_best_by_rouge(mining, options):
