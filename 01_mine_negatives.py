@@ -76,7 +76,8 @@ class Number(float):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    # one line, however many a library has
+    print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -98,7 +99,7 @@ class Options(Tap):
     device: str | None = None  # of all models; default: an accelerator, if there is one
     dtype: Literal["bfloat16", "float32"] | None = None  # default: faster now, by the clock
     # generation
-    examples: Path | None = None  # another attribute's, JSON of the form of PROMPTS
+    examples: Path | None = None  # another attribute's, JSON like one of PROMPTS
     rude: Count = 4  # negatives drawn (paper: 20)
     clean: Count = 4  # positives drawn (paper: 20)
     rounds: Count = 2  # most of them, for a seed that lacks a kind (ours)
@@ -275,7 +276,7 @@ ROUGE = RougeScorer(["rougeL"], tokenizer=WORDS)
 class Seed(BaseModel, coerce_numbers_to_str=True, str_strip_whitespace=True):
     id: str
     group: str | None = None
-    text: str = Field(pattern="^.+$")  # a line
+    text: str = Field(min_length=1, pattern="^.+$")  # a line
     made_by: str = ""
 
 
@@ -296,7 +297,7 @@ def parse(text, where, form=Seed):
     try:
         return form.model_validate_json(text).model_dump()
     except ValidationError as err:
-        why = " ".join(str(err).split("[type")[0].split())
+        why = str(err).split(" [type")[0]
         fail(f"{where}: {why}: mend or delete it; --help says what belongs there")
 
 
@@ -314,7 +315,7 @@ def read_source(spec, whole):
         else:
             raise ValueError("put it into a folder: datasets:FOLDER:train:COLUMN")
     except Exception as err:  # of many kinds
-        fail(f"--seeds {spec}: {' '.join(str(err).split())[:200]}: `make data` writes the default")
+        fail(f"--seeds {spec}: {str(err)[:200]}: `make data` writes the default")
     for n, line in enumerate(lines, 1):
         if path.suffix == ".jsonl":
             yield parse(line, f"{path}:{n}")
@@ -694,7 +695,7 @@ def mine(seeds, done, args):
             writer = load_model(other, args.device, dtype=args.dtype) if other else target
             generate = LocalGenerator(*writer, args)
     except Exception as err:  # of many kinds
-        fail(f"models: {' '.join(str(err).split())[:200]}; `make assets` fetches the default")
+        fail(f"models: {str(err)[:200]}; `make assets` fetches the default")
     for first in tqdm(range(done - done % args.chunk, len(seeds), args.chunk), "chunks"):
         # by chunk, so that a resumed run draws the same
         torch.manual_seed(args.seed * 100_003 + first)
@@ -755,6 +756,6 @@ if __name__ == "__main__":
         raise SystemExit(130) from None
     except (IndexError, OSError, RuntimeError, UnicodeError) as err:
         fail(
-            f"{' '.join(str(err).split())[:300]}: the same command continues (a lock: another run; "
-            "memory: a lower --batch-size; index: shorter texts; a bad mined.answers: remove it)"
+            f"{str(err)[:300]}: the same command continues (a lock: another run holds it; memory: "
+            "a lower --batch-size; an index: shorter texts; a bad mined.answers: remove it)"
         )

@@ -57,7 +57,8 @@ class Rate(float):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    # one line, however many a library has
+    print(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -132,14 +133,14 @@ NF4 = {  # as from_pretrained takes it; the paper's precision
 
 
 class Candidate(BaseModel, strict=True, allow_inf_nan=False, str_strip_whitespace=True):
-    text: str = Field(pattern="^.+$")  # a line
+    text: str = Field(min_length=1, pattern="^.+$")  # a line
     similarity: float = 1.0
     overlap: float = 1.0
 
 
 class Mined(BaseModel, strict=True, str_strip_whitespace=True):
     id: str | int
-    text: str = Field(pattern="^.+$")
+    text: str = Field(min_length=1, pattern="^.+$")
     positives: list[Candidate]
     negatives: list[Candidate]
 
@@ -163,7 +164,7 @@ def read_mined(paths):
                     text = pair_line(text, f"{path}:{n}")
                 line = Mined.model_validate_json(text)
             except ValueError as err:
-                why = " ".join(str(err).split("[type")[0].split())
+                why = str(err).split(" [type")[0]
                 fail(f"{path}:{n}: {why}: mend or delete it, or run stage 01 again")
             if lines.setdefault(line.id, line) is not line:
                 fail(f"{path}:{n}: id {line.id!r} stands more than once: delete one")
@@ -281,8 +282,7 @@ def main():
             how = {"dtype": "bfloat16", "quantization_config": NF4}
         model, tokenizer = load_model(args.model, args.device, **how)
     except (ValueError, RuntimeError, AssertionError) as err:
-        why = " ".join(str(err).split())[:300]
-        fail(f"{why}: --model and --device must name what is there")
+        fail(f"{str(err)[:300]}: --model and --device must name what is there")
     print(f"{len(anchors)} anchors of {len(lines)} lines; {args.dtype} on {args.device}")
 
     ids, start, anchor, is_positive, required = tokenise(anchors, tokenizer, args)
@@ -318,5 +318,4 @@ if __name__ == "__main__":
         print("interrupted: nothing was written", file=sys.stderr)
         raise SystemExit(130) from None
     except (IndexError, OSError, RuntimeError) as err:
-        why = " ".join(str(err).split())[:300]
-        fail(f"{why}: make room; out of memory: lower --max-tokens; an index: shorter texts")
+        fail(f"{str(err)[:300]}: make room; memory: lower --max-tokens; an index: shorter texts")

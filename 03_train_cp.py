@@ -91,7 +91,8 @@ class Weight(float):
 
 
 def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
+    # one line, however many a library has, and of its own, bar or not
+    tqdm.write(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -533,7 +534,6 @@ if __name__ == "__main__":
         raise SystemExit(130) from None
     except (IndexError, OSError, RuntimeError) as err:  # a full disk, mostly
         fail(
-            f"{' '.join(str(err).split())[:300]}: the same command continues (a lock: another run "
-            "holds it; memory: a lower --budget; an index: shorter texts); without OUT.training it "
-            "begins anew"
+            f"{str(err)[:300]}: the same command continues (a lock: another run holds it; memory: "
+            "a lower --budget; an index: shorter texts); without OUT.training it begins anew"
         )

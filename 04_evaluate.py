@@ -60,7 +60,8 @@ class Pair:
 
 
 def fail(message):
-    tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, bar or not
+    # one line, however many a library has, and of its own, bar or not
+    tqdm.write(f"error: {' '.join(map(str.strip, message.splitlines()))}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -202,7 +203,7 @@ def readable(what, remedy):
     try:
         yield
     except Exception as err:  # of many kinds
-        why = " ".join(str(err).split("[type")[0].split())[:200]
+        why = str(err).split(" [type")[0][:200]
         fail(f"{what}: {type(err).__name__}: {why}: {remedy}")
 
 
@@ -780,7 +781,7 @@ if __name__ == "__main__":
         raise SystemExit(130) from None
     except (IndexError, OSError, RuntimeError, ValueError) as err:
         fail(
-            f"{type(err).__name__}: {' '.join(str(err).split())[:300]}: outputs are kept, the same "
+            f"{type(err).__name__}: {str(err)[:300]}: outputs are kept, the same "
             "command continues (a lock: another run holds it; memory: a lower --batch-size; an "
             "index: shorter texts; a file in kept/: remove it)"
         )

@@ -139,7 +139,7 @@ BAD_SEEDS = {
     "": ["seeds.jsonl:1", "EOF"],
     '{"id": 1, "text": "a b"}\n{oops\n': ["seeds.jsonl:2", "Invalid JSON"],
     '{"id": 1}\n': ["seeds.jsonl:1", "text", "required"],
-    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "pattern"],
+    '{"id": 1, "text": " "}\n': ["seeds.jsonl:1", "at least 1 character"],
     '{"id": 1, "text": "a\\nb"}\n': ["seeds.jsonl:1", "pattern"],
     "[1]\n": ["seeds.jsonl:1"],
     '{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n': [
